@@ -1,0 +1,589 @@
+"""Loaders on small fixtures in the official layouts, bad input, and the real data folder where it is present."""
+import csv, io, json, os, pickle, subprocess, sys, tarfile, warnings
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from lsbook import data as D
+
+REAL = Path(os.environ.get("LSBOOK_DATA", Path(__file__).parents[1] / "../shared/data"))
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    "No test reads what another left in the datasets cache."
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def real(part):
+    if not (REAL / part).exists(): pytest.skip(f"no real data at {REAL / part}")
+    return REAL / part
+
+
+def picture(path, size=(20, 16), colour=(200, 30, 30), **kwargs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **kwargs)
+    return path
+
+
+def index_map(path, array, palette=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(array))
+    if palette: image.putpalette([(7 * i) % 256 for i in range(768)])
+    image.save(path)
+    return path
+
+
+SQUARE, OVERLAP = [2, 2, 10, 2, 10, 10, 2, 10], [6, 6, 14, 6, 14, 14, 6, 14]
+
+
+def refer_folder(root, name="refcoco", split_by="unc", protocol=2, file="COCO_train2014_000000000009.jpg"):
+    "Two objects on one photograph (height 16, width 20): two overlapping polygons; an RLE."
+    base = root / name
+    base.mkdir(parents=True, exist_ok=True)
+    photos = "images/saiapr_tc-12" if name == "refclef" else "images/mscoco/images/train2014"
+    picture(root / photos / "COCO_train2014_000000000009.jpg")
+    runs = [16 * 3 + 4, 5, 11, 5, 16 * 20 - 16 * 3 - 25]
+    rle = {"size": [16, 20], "counts": runs}
+    instances = {
+        "images": [{"id": 9, "file_name": file, "height": 16, "width": 20}],
+        "annotations": [
+            {"id": 1, "image_id": 9, "category_id": 3, "segmentation": [SQUARE, OVERLAP], "bbox": [2, 2, 12, 12]},
+            {"id": 2, "image_id": 9, "category_id": 3, "segmentation": [rle] if name == "refclef" else rle,
+             "bbox": [3, 4, 2, 5]}],
+        "categories": [{"id": 3, "name": "thing"}]}
+    (base / "instances.json").write_text(json.dumps(instances))
+    def sentences(*texts): return [{"sent_id": i, "sent": t, "raw": t, "tokens": t.split()} for i, t in enumerate(texts)]
+    def ref(i, ann, split, *texts): return {"ref_id": i, "ann_id": ann, "image_id": 9, "category_id": 3, "split": split,
+                                            "file_name": file, "sent_ids": [0], "sentences": sentences(*texts)}
+    refs = [ref(0, 1, "val", "left thing", "the big one"), ref(1, 2, "testA", "small one"), ref(2, 1, "train", "it")]
+    (base / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, protocol))
+    return root
+
+
+# --- schemas
+
+def small(task, n=4):
+    image = Image.new("RGB", (8, 6))
+    mask = Image.fromarray(np.pad(np.full((2, 2), 255, np.uint8), 2)[:, :6]).resize((8, 6), 0)
+    row = {"image": image, "expression": "the red thing", "mask": mask, "box": [1, 1, 4, 4], "caption": "a red thing",
+           "tags": ["thing"], "label_map": Image.fromarray(np.ones((6, 8), np.uint8))}
+    f = D.features(task)
+    ds = Dataset.from_dict({c: [row[c]] * n for c in f}, features=f)
+    return D.with_names(ds, ["stuff", "thing"]) if task in ("semantic", "tags") else ds
+
+
+@pytest.mark.parametrize("task", ["referring", "semantic", "caption", "tags"])
+def test_every_schema_checks(task):
+    ds = small(task)
+    assert D.check_rows(ds, task) is ds
+    stream = ds.to_iterable_dataset()
+    if task in ("semantic", "tags"): stream = D.with_names(stream, ["stuff", "thing"])
+    assert D.check_rows(stream, task) is stream
+
+
+def test_names_travel():
+    ds = small("semantic")
+    made = [ds.select([0]), ds.shuffle(seed=0), ds.map(lambda r: {"x": 1}), ds.train_test_split(.5)["test"], ds.shard(2, 0),
+            ds.filter(lambda r: True), ds.with_format("torch"), datasets.concatenate_datasets([ds, ds])]
+    assert all(D.label_names(d) == ["stuff", "thing"] for d in made)
+    stream = D.with_names(ds.to_iterable_dataset(), ["stuff", "thing"])
+    made = [stream.shuffle(seed=0), stream.map(lambda r: {"x": 1}), stream.take(2), stream.skip(1), stream.filter(lambda r: True)]
+    assert all(D.label_names(d) == ["stuff", "thing"] for d in made)
+
+
+def test_with_names_leaves_its_input_alone():
+    ds = small("semantic")
+    D.with_names(ds, ["a", "b"])
+    assert D.label_names(ds) == ["stuff", "thing"]
+
+
+def test_names_survive_the_disk(tmp_path):
+    small("semantic").save_to_disk(tmp_path / "rows")
+    assert D.label_names(datasets.load_from_disk(tmp_path / "rows")) == ["stuff", "thing"]
+
+
+@pytest.mark.parametrize("names", [[], ["a", " "], ["a", "a"], ["a", 3], "ab"])
+def test_bad_names(names):
+    with pytest.raises(ValueError, match="names: "): D.with_names(small("semantic"), names)
+
+
+def test_two_lists_of_names_are_no_list():
+    both = datasets.concatenate_datasets([small("semantic"), D.with_names(small("semantic"), ["a", "b"])])
+    with pytest.raises(ValueError, match="no single list"): D.label_names(both)
+
+
+@pytest.mark.parametrize("task, change, message", [
+    ("referring", lambda ds: ds.remove_columns("expression"), "no column 'expression'"),
+    ("referring", lambda ds: ds.remove_columns(["mask", "box"]), "neither"),
+    ("referring", lambda ds: ds.map(lambda r: {"expression": " "}), "blank"),
+    ("referring", lambda ds: ds.map(lambda r: {"box": [4., 1, 4, 4]}), "box: got"),
+    ("referring", lambda ds: ds.map(lambda r: {"mask": Image.new("L", (3, 3))}), "mask: its size"),
+    ("referring", lambda ds: ds.map(lambda r: {"mask": Image.new("L", (8, 6), 7)}), "0 and 255"),
+    ("referring", lambda ds: ds.select([]), "no rows"),
+    ("referring", lambda ds: ds.cast_column("box", datasets.Sequence(datasets.Value("string"))), "column 'box' is"),
+    ("semantic", lambda ds: ds.map(lambda r: {"label_map": Image.new("L", (8, 6), 2)}), "has no name"),
+    ("semantic", lambda ds: ds.map(lambda r: {"label_map": Image.new("RGB", (8, 6))}), "index image"),
+    ("semantic", lambda ds: ds.map(lambda r: {"label_map": Image.new("L", (8, 7))}), "wanted the image's"),
+    ("tags", lambda ds: ds.map(lambda r: {"tags": ["cat"]}), "'cat'"),
+    ("caption", lambda ds: ds.map(lambda r: {"caption": ""}), "caption: blank")])
+def test_check_rows_says_what_is_wrong(task, change, message):
+    with pytest.raises(ValueError, match=message): D.check_rows(change(small(task)), task)
+
+
+def test_unknown_task():
+    with pytest.raises(ValueError, match="task: got 'masks'"): D.features("masks")
+
+
+# --- pickles
+
+def evil(target):
+    "A pickle that calls open(target, 'w'): what `pickle.dumps` would never write for data, spelt out in opcodes."
+    return b"cbuiltins\nopen\n(V" + str(target).encode() + b"\nVw\ntR."
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_pickles_of_every_protocol(tmp_path, protocol):
+    value = [{"a": (1, 2.5, None, True), "é": ["x", 2**70]}]
+    (tmp_path / "p").write_bytes(pickle.dumps(value, protocol))
+    assert D.read_pickle(tmp_path / "p") == value
+
+
+def test_python_2_text_is_latin_1(tmp_path):
+    (tmp_path / "p").write_bytes(b"\x80\x02]q\x00U\x04caf\xe9q\x01a.")
+    assert D.read_pickle(tmp_path / "p") == ["caf\xe9"]
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    target = tmp_path / "made"
+    bad = [evil(target), b"(S'touch " + str(target).encode() + b"'\nios\nsystem\n.",
+           b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x05touch\x85R.", b"\x80\x02\x82\x01.", b"Pname\n.",
+           pickle.dumps(np.zeros(2)), pickle.dumps(Path("x"))]
+    for b in bad:
+        (tmp_path / "p").write_bytes(b)
+        with pytest.raises(ValueError, match="refused"): D.read_pickle(tmp_path / "p")
+        assert not target.exists()
+    pickle.loads(evil(target))
+    assert target.exists()  # so the same bytes do harm through the ordinary reader
+
+
+def test_truncated_and_missing_pickles(tmp_path):
+    (tmp_path / "p").write_bytes(pickle.dumps([{"a": 1}])[:-4])
+    with pytest.raises(ValueError, match="path: .*p was refused"): D.read_pickle(tmp_path / "p")
+    with pytest.raises(ValueError, match="path: .*is not a file"): D.read_pickle(tmp_path / "q")
+
+
+# --- masks
+
+def test_polygons_equal_pycocotools():
+    M = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for i in range(600):
+        h, w = map(int, rng.integers(1, 90, 2))
+        p = rng.uniform(-.2, 1.2, (rng.integers(3, 12), 2)) * (w, h)
+        if i % 3 == 0: p = np.round(p)
+        if i % 5 == 0: p = np.repeat(p, 2, 0)
+        if i % 7 == 0: p = np.round(2 * p) / 2
+        p = p.ravel().tolist()
+        assert (M.decode(M.frPyObjects([p], h, w))[..., 0] == D.polygon_mask([p], h, w)).all()
+
+
+def test_rle_equals_pycocotools():
+    M = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        h, w = map(int, rng.integers(1, 60, 2))
+        mask = rng.random((h, w)) < rng.random()
+        text = M.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
+        assert (D.rle_mask(text, h, w) == mask).all() and (D.rle_mask(text.decode(), h, w) == mask).all()
+
+
+def test_overlap_counts_once():
+    both = D.segmentation_mask([SQUARE, OVERLAP], 16, 20)
+    assert both.sum() == 64 + 64 - 16 and both.dtype == bool
+
+
+@pytest.mark.parametrize("segmentation", [[], None, [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [[1, 2, 3, 4, 5, float("nan")]],
+                                          {"size": [9, 9], "counts": [81]}, {"size": [16, 20], "counts": [5]},
+                                          {"size": [16, 20], "counts": [-1, 321]}, {"size": [16, 20], "counts": "~~"},
+                                          {"size": [16, 20], "counts": "o"}])
+def test_bad_segmentations(segmentation):
+    with pytest.raises(ValueError, match="segmentation|polygons|counts"): D.segmentation_mask(segmentation, 16, 20)
+
+
+# --- REFER
+
+@pytest.mark.parametrize("name, split_by", [("refcoco", "unc"), ("refcoco", "google"), ("refcoco+", "unc"), ("refcocog", "umd"),
+                                            ("refclef", "berkeley")])
+def test_refer(tmp_path, name, split_by):
+    root = refer_folder(tmp_path, name, split_by)
+    ds = D.check_rows(D.refer(root, name, split_by, "val"), "referring")
+    assert ds["expression"][:] == ["left thing", "the big one"] and ds[0]["box"] == [2, 2, 14, 14]
+    assert (np.asarray(ds[1]["mask"]) > 0).sum() == 112
+    a = D.refer(root, name, split_by, "testA")
+    assert len(a) == 1 and (np.asarray(a[0]["mask"]) > 0).sum() == 10 and np.asarray(a[0]["mask"])[4:9, 3:5].all()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(name="refcoco+"), "root, name: .*is not a folder"), (dict(split_by="google"), r"split_by: .*\['unc'\]"),
+    (dict(split="testB"), "split: got 'testB', but .*'val': 1"), (dict(images="/nowhere"), "images: '/nowhere' is not a folder")])
+def test_refer_says_what_is_wrong(tmp_path, change, message):
+    refer_folder(tmp_path)
+    with pytest.raises(ValueError, match=message): D.refer(tmp_path, **change)
+
+
+@pytest.mark.parametrize("file", ["../../../../secret.jpg", "/etc/passwd", "..\\..\\secret.jpg", "C:\\x.jpg", "", "a\0b", "gone.jpg"])
+def test_refer_stays_in_its_folder(tmp_path, file):
+    picture(tmp_path / "secret.jpg")
+    root = refer_folder(tmp_path / "in", file=file)
+    with pytest.raises(ValueError, match="leads out of|not in"): D.refer(root)
+
+
+def test_refer_refuses_the_evil_pickle(tmp_path):
+    root = refer_folder(tmp_path)
+    (root / "refcoco/refs(unc).p").write_bytes(evil(tmp_path / "made"))
+    with pytest.raises(ValueError, match="refused"): D.refer(root)
+    assert not (tmp_path / "made").exists()
+
+
+def test_refer_broken_files(tmp_path):
+    root = refer_folder(tmp_path)
+    (root / "refcoco/instances.json").write_text('{"images": [')
+    with pytest.raises(ValueError, match="instances.json: not JSON"): D.refer(root)
+    (root / "refcoco/instances.json").write_text('{"images": [], "annotations": []}')
+    with pytest.raises(ValueError, match="ann_id 1"): D.refer(root)
+    (root / "refcoco/refs(unc).p").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ValueError, match="no list of refs"): D.refer(root)
+
+
+def test_blank_expressions_are_reported(tmp_path):
+    root = refer_folder(tmp_path)
+    file = root / "refcoco/refs(unc).p"
+    refs = pickle.loads(file.read_bytes())
+    refs[0]["sentences"][0].update(sent="", raw="")
+    refs[0]["sentences"][1].update(sent="", raw="The Big One")
+    file.write_bytes(pickle.dumps(refs))
+    with pytest.warns(UserWarning, match="1 blank"): ds = D.refer(root)
+    assert ds["expression"][:] == ["The Big One"]
+
+
+# --- hub
+
+def benchmark_folder(root, split="refcoco_unc_val"):
+    "The columns of jxu124/refcoco-benchmark: an image, its info, and a list of objects with expressions."
+    F, V, L = datasets.Features, datasets.Value, datasets.Sequence
+    i, f, s = V("int64"), V("float64"), V("string")
+    features = F({"ref_list": [{"ann_info": {"area": f, "bbox": L(f), "id": i, "iscrowd": i, "segmentation": L(L(f))},
+                                "ref_info": {"ref_id": i, "sentences": [{"raw": s, "sent": s, "sent_id": i, "tokens": L(s)}],
+                                             "split": s}}],
+                  "image_info": {"file_name": s, "height": i, "width": i, "id": i}, "image": datasets.Image()})
+    def one(text, k): return {"ann_info": {"area": 1., "bbox": [2, 2, 12, 12], "id": k, "iscrowd": 0,
+                                           "segmentation": [SQUARE, OVERLAP]},
+                              "ref_info": {"ref_id": k, "split": "val", "sentences": [
+                                  {"raw": text, "sent": text, "sent_id": 0, "tokens": text.split()}] * 2}}
+    rows = {"ref_list": [[one("left", 1), one("right", 2)], [one("top", 3)]],
+            "image_info": [{"file_name": "a.jpg", "height": 16, "width": 20, "id": 1}] * 2,
+            "image": [Image.new("RGB", (20, 16), c) for c in ("red", "blue")]}
+    (root / "data").mkdir(parents=True)
+    Dataset.from_dict(rows, features=features).to_parquet(root / f"data/{split}-00000-of-00001.parquet")
+    (root / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: {split}\n"
+                                    f"    path: data/{split}-*\n---\n")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_evaluation_splits(tmp_path, monkeypatch, streaming):
+    benchmark_folder(tmp_path / "jxu124/refcoco-benchmark", "refcoco_plus_unc_testA")
+    monkeypatch.chdir(tmp_path)  # a folder of this name stands for the hub's repository
+    ds = D.refcoco_hub("refcoco+", "testA", streaming=streaming)
+    assert isinstance(ds, datasets.IterableDataset) == streaming
+    D.check_rows(ds, "referring")
+    rows = list(ds)
+    assert [r["expression"] for r in rows] == ["left"] * 2 + ["right"] * 2 + ["top"] * 2
+    assert rows[5]["image"].getpixel((0, 0)) == (0, 0, 255) and (np.asarray(rows[5]["mask"]) > 0).sum() == 112
+
+
+def test_hub_train_split(tmp_path):
+    ann = {"segmentation": [SQUARE], "bbox": [2, 2, 8, 8], "iscrowd": 0, "id": 1}
+    info = {"file_name": "COCO_train2014_000000000009.jpg", "height": 16, "width": 20}
+    picture(tmp_path / "train2014" / info["file_name"])
+    (tmp_path / "hub").mkdir()
+    row = {"sentences": [{"raw": "A", "sent": "a", "sent_id": 0, "tokens": ["a"]}], "raw_anns": json.dumps(ann),
+           "raw_image_info": json.dumps(info), "split": "train", "bbox": [2, 2, 10, 10]}
+    Dataset.from_list([row] * 3).to_parquet(tmp_path / "hub/train.parquet")
+    ds = D.refcoco_hub(split="train", repo=tmp_path / "hub", images=tmp_path / "train2014")
+    D.check_rows(ds, "referring")
+    assert len(ds) == 3 and ds[0]["box"] == [2, 2, 10, 10] and (np.asarray(ds[0]["mask"]) > 0).sum() == 64
+    with pytest.raises(ValueError, match="images: 'None' is not a folder"): D.refcoco_hub(split="train", repo=tmp_path / "hub")
+    with pytest.raises(ValueError, match="name: got 'refclef'"): D.refcoco_hub("refclef")
+
+
+# --- boxes and expressions
+
+def test_box_expressions(tmp_path):
+    line = {"image": "a.jpg", "bbox_xywh": [1, 2, 3, 4], "expression": "man"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(line) + "\n\n")
+    ds = D.box_expressions(tmp_path / "x.jsonl")
+    assert "mask" not in ds.column_names and ds[0] == {"image": None, "expression": "man", "box": [1, 2, 4, 6],
+                                                       "file_name": "a.jpg"}
+    picture(tmp_path / "photos/a.jpg")
+    D.check_rows(D.box_expressions(tmp_path / "x.jsonl", tmp_path / "photos"), "referring")
+    for bad, message in (("{", "line 1: not JSON"), ('{"image": "a.jpg"}', "line 1: got"), ("", "no lines")):
+        (tmp_path / "bad.jsonl").write_text(bad)
+        with pytest.raises(ValueError, match=message): D.box_expressions(tmp_path / "bad.jsonl")
+
+
+# --- index maps
+
+def pairs(root, values=(0, 1, 2), stems=("a_1", "b_1")):
+    for s in stems:
+        picture(root / f"images/{s}.jpg", (3, 2))
+        index_map(root / f"labels/{s}.png", np.array([values, values], np.uint8))
+    return root / "images", root / "labels"
+
+
+def test_ade20k_numbers(tmp_path):
+    ds = D.index_maps(*pairs(tmp_path), ["wall", "sky"], ignore=0, first=1)
+    assert np.asarray(D.check_rows(ds, "semantic")[0]["label_map"]).tolist() == [[255, 0, 1]] * 2
+
+
+def test_coco_stuff_and_sixteen_bits(tmp_path):
+    images, labels = pairs(tmp_path, (0, 181, 255))
+    names = [f"c{i}" for i in range(182)]
+    assert np.asarray(D.index_maps(images, labels, names)[0]["label_map"]).tolist() == [[0, 181, 255]] * 2
+    for f in labels.iterdir(): index_map(f, np.array([[0, 181, 65535]] * 2, np.uint16))
+    assert np.asarray(D.index_maps(images, labels, names, ignore=65535)[0]["label_map"]).tolist() == [[0, 181, 255]] * 2
+
+
+def test_a_map_that_was_read_is_not_shifted_twice(tmp_path):
+    ds = D.index_maps(*pairs(tmp_path), ["wall", "sky"], ignore=0, first=1)
+    again = ds.map(lambda r: {"label_map": r["label_map"]})
+    assert (np.asarray(again[0]["label_map"]) == np.asarray(ds[0]["label_map"])).all()
+    again.save_to_disk(tmp_path / "rows")
+    back = datasets.load_from_disk(tmp_path / "rows")
+    assert np.asarray(back[1]["label_map"]).tolist() == [[255, 0, 1]] * 2
+
+
+def test_prefixes(tmp_path):
+    images, labels = pairs(tmp_path, stems=("0001TP_1", "0006R0_1", "0006R0_2", "0016E5_1"))
+    n = ["a", "b", "c"]
+    assert len(D.index_maps(images, labels, n, prefixes=("0006R0", "0001TP"))) == 3
+    assert len(D.index_maps(images, labels, n, prefixes="0016E5")) == 1
+    with pytest.raises(ValueError, match="prefixes: no file .*'0007'"): D.index_maps(images, labels, n, prefixes=("0007",))
+
+
+def test_index_maps_say_what_is_wrong(tmp_path):
+    images, labels = pairs(tmp_path)
+    ds = D.index_maps(images, labels, ["a", "b"])
+    with pytest.raises(ValueError, match="a_1.png: .*value 2 has no name"): ds[0]
+    index_map(labels / "a_1.png", np.zeros((2, 3, 3), np.uint8))
+    with pytest.raises(ValueError, match="a_1.png: .*mode RGB, wanted an index image"): ds[0]
+    (images / "b_1.jpg").unlink()
+    with pytest.raises(ValueError, match="images: no photograph .*'b_1'"): D.index_maps(images, labels, ["a"])
+    picture(images / "b_1.jpg"), picture(images / "c_1.jpg")
+    with pytest.warns(UserWarning, match="1 of 3 photographs"): D.index_maps(images, labels, ["a"])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="labels: no image files"): D.index_maps(images, tmp_path / "none", ["a"])
+    with pytest.raises(ValueError, match="names: got 256"): D.index_maps(images, labels, ["a"] * 256)
+    picture(images / "c_1.png")
+    with pytest.raises(ValueError, match="only in their ending"): D.index_maps(images, labels, ["a"])
+
+
+def test_nothing_is_read_before_it_is_asked_for(tmp_path):
+    images, labels = pairs(tmp_path)
+    for f in (*images.iterdir(), *labels.iterdir()): f.write_bytes(b"not an image")
+    ds = D.index_maps(images, labels, ["a"])
+    assert len(ds) == 2
+    with pytest.raises(ValueError, match="photo .*a_1.jpg: cannot be read"): ds[0]
+
+
+def test_truncated_photographs_and_bombs_name_the_file(tmp_path, monkeypatch):
+    images, labels = pairs(tmp_path)
+    ds = D.index_maps(images, labels, ["a", "b", "c"])
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(images / "a_1.jpg")
+    whole = (images / "a_1.jpg").read_bytes()
+    (images / "a_1.jpg").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="a_1.jpg: cannot be read: OSError"): ds[0]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)
+    with pytest.raises(ValueError, match="b_1.jpg: cannot be read: DecompressionBombError"): ds[1]
+
+
+def test_photographs_of_every_mode_are_rgb(tmp_path):
+    for i, mode in enumerate(("L", "RGBA", "P", "1", "LA", "I;16")):
+        image = Image.fromarray(np.full((2, 3), 40000, np.uint16)) if mode == "I;16" else Image.new(mode, (3, 2))
+        (tmp_path / "i").mkdir(exist_ok=True)
+        image.save(tmp_path / f"i/{i}.png")
+        index_map(tmp_path / f"l/{i}.png", np.zeros((2, 3), np.uint8))
+    ds = D.index_maps(tmp_path / "i", tmp_path / "l", ["a"])
+    assert all(r["image"].mode == "RGB" for r in ds) and ds[5]["image"].getpixel((0, 0)) == (156,) * 3
+
+
+def test_rotated_photograph_stands_upright(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    picture(tmp_path / "i/a.jpg", (3, 2), exif=exif)
+    index_map(tmp_path / "l/a.png", np.zeros((3, 2), np.uint8))
+    D.check_rows(D.index_maps(tmp_path / "i", tmp_path / "l", ["a"]), "semantic")
+
+
+# --- VOC, COCO polygons, folds, FSS
+
+def test_voc(tmp_path):
+    for s in ("2007_1", "2007_2"):
+        picture(tmp_path / f"JPEGImages/{s}.jpg", (3, 2))
+        index_map(tmp_path / f"SegmentationClass/{s}.png", np.array([[0, 15, 255]] * 2, np.uint8), palette=True)
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("2007_2\n")
+    ds = D.check_rows(D.voc(tmp_path, "val"), "semantic")
+    assert len(ds) == 1 and np.asarray(ds[0]["label_map"]).tolist() == [[0, 15, 255]] * 2 and len(D.voc(tmp_path)) == 2
+    tags = D.check_rows(D.tag_rows(ds), "tags")
+    assert tags[0]["tags"] == ["person"] and "background" not in D.label_names(tags)
+    (tmp_path / "ImageSets/Segmentation/bad.txt").write_text("../../x\n")
+    with pytest.raises(ValueError, match="leads out of"): D.voc(tmp_path, "bad")
+    with pytest.raises(ValueError, match="split: .*train.txt' is not a file"): D.voc(tmp_path, "train")
+
+
+def test_coco_polygons(tmp_path):
+    picture(tmp_path / "images/a.jpg", (20, 10))
+    (tmp_path / "p").mkdir()
+    text = "1 .4 .4 .6 .4 .6 .6 .4 .6\n0 0 0 1 0 1 1 0 1\n"
+    (tmp_path / "p/a.txt").write_text(text)
+    ds = D.check_rows(D.coco_polygons(tmp_path / "images", tmp_path / "p", ["big", "small"]), "semantic")
+    m = np.asarray(ds[0]["label_map"])
+    assert (m == 2).sum() == 8 and (m == 1).sum() == 192 and D.label_names(ds) == ["background", "big", "small"]
+    for bad in ("7 0 0 1 0 1 1", "0 0 0 1", "x 0 0", "0 0 0 1 0 1 1 1"):
+        (tmp_path / "p/a.txt").write_text(bad)
+        with pytest.raises(ValueError, match="polygons"): D.coco_polygons(tmp_path / "images", tmp_path / "p", ["big", "small"])
+
+
+def test_folds_cover_every_class_once():
+    pascal, coco = ([c for f in range(4) for c in D.fold_classes(b, f)] for b in ("pascal-5i", "coco-20i"))
+    assert pascal == D.VOC_NAMES[1:] and sorted(coco) == sorted(D.COCO_NAMES) and len(set(coco)) == 80
+    assert D.fold_classes("coco-20i", 1)[:2] == ["bicycle", "bus"]
+    for args in (("voc", 0), ("pascal-5i", 4), ("pascal-5i", "0")):
+        with pytest.raises(ValueError, match="benchmark|fold"): D.fold_classes(*args)
+
+
+def test_fss1000(tmp_path):
+    for c in ("ab_wheel", "abacus"):
+        for i in (1, 2, 10):
+            picture(tmp_path / c / f"{i}.jpg", (3, 2))
+            index_map(tmp_path / c / f"{i}.png", np.array([[[0] * 3, [130] * 3, [255] * 3]] * 2, np.uint8))
+    ds = D.check_rows(D.fss1000(tmp_path), "referring")
+    assert len(ds) == 6 and ds[0]["expression"] == "ab wheel" and np.asarray(ds[0]["mask"]).tolist() == [[0, 255, 255]] * 2
+    assert len(D.fss1000(tmp_path, ["abacus"])) == 3
+    with pytest.raises(ValueError, match="classes: .'zebra'"): D.fss1000(tmp_path, ["zebra"])
+    (tmp_path / "abacus/2.png").unlink()
+    with pytest.raises(ValueError, match="2.png"): D.fss1000(tmp_path)
+
+
+# --- captions
+
+def tar(path, n, start=0, ending="txt"):
+    with tarfile.open(path, "w") as t:
+        for i in range(start, start + n):
+            photo = io.BytesIO()
+            Image.new("RGB", (8, 6), (i, 0, 0)).save(photo, "PNG")
+            text = f"scene {i}".encode() if ending == "txt" else json.dumps({"caption": f"scene {i}"}).encode()
+            for name, b in ((f"{i:04}.png", photo.getvalue()), (f"{i:04}.{ending}", text)):
+                info = tarfile.TarInfo(name)
+                info.size = len(b)
+                t.addfile(info, io.BytesIO(b))
+
+
+@pytest.mark.parametrize("ending", ["txt", "json"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards(tmp_path, ending, streaming):
+    tar(tmp_path / "a.tar", 3, 0, ending), tar(tmp_path / "b.tar", 2, 3, ending)
+    ds = D.check_rows(D.captions(tmp_path, streaming), "caption")
+    rows = list(ds)
+    assert [r["caption"] for r in rows] == [f"scene {i}" for i in range(5)] and rows[4]["image"].getpixel((0, 0))[0] == 4
+    assert len(list(D.captions(tmp_path / "b.tar", streaming))) == 2
+    if streaming: assert ds.n_shards == 2
+
+
+def test_shards_are_split_by_node_and_worker(tmp_path):
+    from datasets.distributed import split_dataset_by_node
+    from torch.utils.data import DataLoader
+    for k in range(4): tar(tmp_path / f"{k}.tar", 3, 3 * k)
+    seen = []
+    for rank in range(2):
+        mine = split_dataset_by_node(D.captions(tmp_path, streaming=True), rank, 2)
+        loader = DataLoader(mine, batch_size=None, num_workers=2, multiprocessing_context="fork")
+        seen.append(sorted(int(r["caption"].split()[1]) for r in loader))
+    assert len(seen[0]) == len(seen[1]) == 6 and sorted(seen[0] + seen[1]) == list(range(12))
+
+
+def test_tables_and_folders(tmp_path):
+    photos = tmp_path / "photos"
+    for i in range(3): picture(photos / f"{i}.jpg"), (photos / f"{i}.txt").write_text(f"scene {i}\n")
+    want = [f"scene {i}" for i in range(3)]
+    assert D.check_rows(D.captions(photos), "caption")["caption"][:] == want
+    with open(photos / "metadata.csv", "w", newline="") as f:
+        w = csv.writer(f)
+        w.writerow(["file_name", "caption"])
+        for i in range(3): w.writerow([f"{i}.jpg", f"scene, {i}"])
+    assert D.captions(photos)["caption"][1] == "scene, 1"
+    (photos / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.jpg", "caption": t}) + "\n" for i, t in enumerate(want)))
+    assert D.captions(photos)["caption"][:] == want
+    stream = D.captions(photos / "metadata.jsonl", streaming=True)
+    assert stream.n_shards == 3 and [r["caption"] for r in D.check_rows(stream, "caption")] == want
+    (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "../x.jpg", "caption": "x"}))
+    with pytest.raises(ValueError, match="leads out of"): D.captions(photos)
+    (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "0.jpg", "caption": " "}))
+    with pytest.raises(ValueError, match="1 of 1 captions .* blank"): D.captions(photos)
+    (photos / "metadata.jsonl").write_text(json.dumps({"file": "0.jpg"}))
+    with pytest.raises(ValueError, match="wanted file_name and caption"): D.captions(photos)
+
+
+def test_caption_trouble(tmp_path):
+    with pytest.raises(ValueError, match="path: .*is not a file"): D.captions(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="path: .*nothing"): D.captions(tmp_path / "nothing-*.tar")
+    picture(tmp_path / "p/a.jpg")
+    with pytest.raises(ValueError, match="no caption file beside 1"): D.captions(tmp_path / "p")
+    (tmp_path / "p/a.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match="not UTF-8"): D.captions(tmp_path / "p")
+    (tmp_path / "bad.tar").write_bytes(b"no tar at all")
+    with pytest.raises(ValueError, match="bad.tar"): D.captions(tmp_path / "bad.tar")
+
+
+# --- the module, and real data
+
+def test_import_is_quiet():
+    out = subprocess.run([sys.executable, "-W", "error", "-c", "import lsbook.data"], capture_output=True, text=True)
+    assert out.returncode == 0 and not out.stderr, out.stderr
+
+
+def test_real_camvid():
+    root = real("camvid")
+    fit, valid = D.camvid(root, "train", ("0006R0", "0001TP")), D.camvid(root, "val", "0016E5")
+    D.check_rows(fit, "semantic"), D.check_rows(valid, "semantic")
+    assert (len(fit), len(valid), len(D.camvid(root))) == (163, 101, 367) and D.label_names(fit)[3] == "road"
+    assert set(np.unique(np.asarray(valid[0]["label_map"]))) <= {*range(11), 255}
+
+
+def test_real_coco():
+    root = real("coco128_seg")
+    ours = D.index_maps(root / "images", root / "semantic", ["background", *D.COCO_NAMES])
+    tags = json.loads((root / "image_labels.json").read_text())
+    files = [Path(p["path"]).name for p in ours.cast_column("image", datasets.Image(decode=False))["image"]]
+    assert all(sorted(r["tags"]) == sorted(tags[f]) for r, f in zip(D.tag_rows(ours), files))
+    with pytest.warns(UserWarning, match="left out"): drawn = D.coco_polygons(root / "images", root / "polygons")
+    where = {Path(p["path"]).name: i for i, p in enumerate(drawn.cast_column("image", datasets.Image(decode=False))["image"])}
+    agree = [(np.asarray(drawn[where[f]]["label_map"]) == np.asarray(ours[i]["label_map"])).mean()
+             for i, f in list(enumerate(files))[:30] if f in where]
+    assert min(agree) > .98  # the given maps were drawn by another tool: outlines differ by a pixel
+
+
+def test_real_voc():
+    ds = D.check_rows(D.voc(real("voc")), "semantic")
+    assert D.tag_rows(ds)["tags"][:] == [["bottle", "person"], ["chair", "person", "sofa"], ["bus", "car"]]
+
+
+def test_real_refcoco_expressions():
+    ds = D.box_expressions(real("refcoco/refcoco_unc_val.jsonl"))
+    assert len(ds) == 10834 and len(set(ds["file_name"])) == 1500 and ds[0]["expression"] == "man on right"
