@@ -292,6 +292,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lsbook.show._font': ('show.html#_font', 'lsbook/show.py'),
                              'lsbook.show._labels': ('show.html#_labels', 'lsbook/show.py'),
                              'lsbook.show._legend': ('show.html#_legend', 'lsbook/show.py'),
+                             'lsbook.show._names': ('show.html#_names', 'lsbook/show.py'),
                              'lsbook.show._outline': ('show.html#_outline', 'lsbook/show.py'),
                              'lsbook.show._picture_class': ('show.html#_picture_class', 'lsbook/show.py'),
                              'lsbook.show._plane': ('show.html#_plane', 'lsbook/show.py'),

@@ -172,10 +172,11 @@ class Picture(datasets.Image):
         _need(image.mode in ("L", "P", "I", "I;16"), f"mode {image.mode}, wanted an index image (mode L or P)")
         return Image.fromarray(translate(np.asarray(image), self.labels, self.first, self.ignore))
 
-# %% ../nbs/02_data.ipynb #72486c48
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # datasets warns that registering may change one day
-    datasets.features.features.register_feature(Picture, "Picture")
+# %% ../nbs/02_data.ipynb #bf76096e
+if "Picture" not in datasets.features.features._FEATURE_TYPES:  # this notebook defines it a second time
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # datasets says that registering may change one day
+        datasets.features.features.register_feature(Picture, "Picture")
 
 def _rgb(image):
     "Any PIL image as RGB; 16-bit grey keeps its upper byte."
@@ -213,7 +214,7 @@ def _text(path, argument):
     try: return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e: raise ValueError(f"{argument}: {path} is not UTF-8 text: {e}") from None
 
-# %% ../nbs/02_data.ipynb #283dc6a7
+# %% ../nbs/02_data.ipynb #80647908
 def _inside(folder, name, source):
     "Path of the file called `name` in `folder`; an error when the name leads out of it or there is no such file."
     parts = PurePosixPath(str(name).replace("\\", "/"))
@@ -223,6 +224,7 @@ def _inside(folder, name, source):
     _need((folder / parts).is_file(), f"{source}: names {name!r}, which is not in {folder}")
     return str((folder / parts).absolute())
 
+# %% ../nbs/02_data.ipynb #0895a566
 def _json(text, source):
     "Parsed JSON, or an error naming where it came from."
     try: return json.loads(text)
@@ -253,22 +255,6 @@ def read_pickle(
         try: return _Containers(f, encoding="latin-1").load()
         except Exception as e: raise ValueError(f"path: {path} was refused: {type(e).__name__}: {e}") from None
 
-# %% ../nbs/02_data.ipynb #2f176d70
-def polygon_mask(
-    polygons: list, # each [x0, y0, x1, y1, ...] in pixels
-    height: int, # of the image
-    width: int, # of the image
-) -> np.ndarray: # bool (height, width): the union of the polygons
-    """Fill polygons as the COCO tools do: the outline is walked on a grid of fifths of a pixel, and a pixel is inside
-    when the outline crosses its column an odd number of times above its centre."""
-    mask = np.zeros((height, width), bool)
-    for p in polygons:
-        xy = np.asarray(p, float)
-        _need(xy.ndim == 1 and len(xy) >= 6 and len(xy) % 2 == 0 and np.isfinite(xy).all(),
-              f"polygons: got {str(p)[:60]}, wanted at least three points as [x0, y0, x1, y1, ...]")
-        mask |= _fill(xy.reshape(-1, 2), height, width)
-    return mask
-
 # %% ../nbs/02_data.ipynb #66219a7e
 def _fill(xy, height, width):
     "One polygon, points (n, 2), as bool (height, width)."
@@ -296,7 +282,23 @@ def _fill(xy, height, width):
         mask[:, left:right] = np.bitwise_xor.accumulate(flips).astype(bool).reshape(-1, height).T
     return mask
 
-# %% ../nbs/02_data.ipynb #a4371945
+# %% ../nbs/02_data.ipynb #2f176d70
+def polygon_mask(
+    polygons: list, # each [x0, y0, x1, y1, ...] in pixels
+    height: int, # of the image
+    width: int, # of the image
+) -> np.ndarray: # bool (height, width): the union of the polygons
+    """Fill polygons as the COCO tools do: the outline is walked on a grid of fifths of a pixel, and a pixel is inside
+    when the outline crosses its column an odd number of times above its centre."""
+    mask = np.zeros((height, width), bool)
+    for p in polygons:
+        xy = np.asarray(p, float)
+        _need(xy.ndim == 1 and len(xy) >= 6 and len(xy) % 2 == 0 and np.isfinite(xy).all(),
+              f"polygons: got {str(p)[:60]}, wanted at least three points as [x0, y0, x1, y1, ...]")
+        mask |= _fill(xy.reshape(-1, 2), height, width)
+    return mask
+
+# %% ../nbs/02_data.ipynb #ae25e0a4
 def rle_mask(
     counts, # run lengths down the columns, zeros first: a list, or COCO's compressed text
     height: int, # of the image
@@ -309,6 +311,7 @@ def rle_mask(
           f"counts: got runs of {runs.sum() if runs.dtype.kind in 'iu' else '?'} pixels, wanted {height} x {width}")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
+# %% ../nbs/02_data.ipynb #7d92426d
 def _uncompress(text):
     "Run lengths from COCO's compressed text: 5 bits a character, differences from the run before the last."
     runs, value, shift = [], 0, 0
@@ -568,7 +571,7 @@ def _outlines(path, width, height, count):
         shapes.append((polygon_mask([xy.ravel()], height, width), c))
     return sorted(shapes, key=lambda shape: -shape[0].sum())
 
-# %% ../nbs/02_data.ipynb #789ff926
+# %% ../nbs/02_data.ipynb #dd9e960b
 def coco_polygons(
     images: str, # folder of photographs
     polygons: str, # folder of text files; a line is a class index, then x y pairs as shares of width and height
@@ -581,8 +584,8 @@ def coco_polygons(
     _need(files, f"polygons: no .txt files in {polygons}")
     paired = [f for f in files if f.stem in photos]
     _need(paired, f"images: no photograph in {images} for any of the {len(files)} files in {polygons}")
-    out = len(files) - len(paired), len(photos) - len(paired)
-    if any(out): warnings.warn(f"left out: {out[0]} polygon files without photograph, {out[1]} photographs without file")
+    alone = len(files) - len(paired), len(photos) - len(paired)
+    if any(alone): warnings.warn("left out: %d polygon files without photograph, %d photographs without file" % alone)
     rows = {"image": [], "label_map": []}
     for f in paired:
         with Image.open(photos[f.stem]) as photo: width, height = photo.size

@@ -378,11 +378,11 @@ def _place(canvas, spots, thing, half, mask, u):
             return window
     return None
 
-# %% ../nbs/01_scenes.ipynb #48285d19
+# %% ../nbs/01_scenes.ipynb #ee68dad7
 def _paint(window, thing, parts, x, y, mask, u, size):
     "Paint the layers of a thing into its window of the image, antialiased, with a dark outline."
     s = size / 64
-    line = 1.6 * s ** .7
+    line = (1.1 if thing.shape in CLASSES else 1.6) * s ** .7
     own = np.array(RGB[thing.colour], np.float32) + np.float32(16 * u[11] - 8)
     if thing.pattern != "plain":
         other = RGB[COLOURS[(COLOURS.index(thing.colour) + 1 + int(u[12] * 5)) % 6]]
@@ -461,9 +461,9 @@ def _check(index, seed, size, split, objects, pairs):
 RADII = {("shapes", "small"): (6., 8.), ("shapes", "large"): (10.5, 13.),  # pixels of a 64-pixel scene
          ("parts", "small"): (8.5, 10.), ("parts", "large"): (12., 14.)}
 
-# %% ../nbs/01_scenes.ipynb #372c9afe
+# %% ../nbs/01_scenes.ipynb #92cddbd7
 def _draw(rng, index, size, objects, pairs):
-    "One attempt at a scene; None where fewer things than wanted fit in or a background vanishes."
+    "One attempt at a scene; None where too few things fit in, all have a double, or a background vanishes."
     u, spots = rng.random((7, 18)).tolist(), rng.random((5, 24, 3)).tolist()
     image, where, grounds = _ground(u[0], size)
     canvas, s = _Canvas(image), size / 64
@@ -478,7 +478,8 @@ def _draw(rng, index, size, objects, pairs):
         if window is None: continue
         _paint(canvas.image[window], thing, parts, x, y, mask, v, size)
         canvas.put(thing, window, mask, head)
-    if len(canvas.things) < least: return None
+    alike = [(t.colour, t.shape, t.size) for t in canvas.things]
+    if len(alike) < least or all(alike.count(one) > 1 for one in alike): return None
     return _finish(rng, canvas, where, grounds, index, objects, u[6])
 
 # %% ../nbs/01_scenes.ipynb #0a0d5e26

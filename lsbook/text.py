@@ -186,7 +186,7 @@ def run_packed(
     states, (last, _) = lstm(packed)
     return pad_packed_sequence(states, batch_first=True, total_length=mask.shape[1])[0], last
 
-# %% ../nbs/03_text.ipynb #025ed865
+# %% ../nbs/03_text.ipynb #4d273eb0
 class Vocabulary:
     "Words to row numbers: row 0 is padding, row 1 stands for every unknown word, then the words in the order given."
     def __init__(self,
@@ -202,7 +202,7 @@ class Vocabulary:
     def from_texts(cls,
         texts:list, # the training texts
         min_count:int=1, # words seen less often are left out
-    ) -> "Vocabulary": # most frequent words first, equals in alphabetical order
+    ): # a Vocabulary, most frequent words first, equals in alphabetical order
         "The words of `texts`."
         counts = Counter(w for i, t in enumerate(check_texts(texts)) for w in split_words(t, name=f"texts[{i}]"))
         return cls(sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w)))
@@ -255,10 +255,10 @@ def _glove_table(path, vocabulary, dim, got, malformed, seed):
     if said: warnings.warn(f"load_glove({Path(path).name}): " + ". ".join(said), UserWarning, stacklevel=3)
     return Glove(vectors, list(got), missing, malformed)
 
-# %% ../nbs/03_text.ipynb #425e0b9e
+# %% ../nbs/03_text.ipynb #b70aac00
 def load_glove(
     path:str, # GloVe text file: a token, then its numbers, separated by single spaces
-    vocabulary:Vocabulary, # the words wanted
+    vocabulary:Vocabulary, # the words wanted, or a list of them
     dim:int=None, # numbers a line; None reads it off the file
     seed:int=0, # of the random vectors of missing words
 ) -> Glove: # the vectors and what was found, missing, malformed
@@ -268,6 +268,7 @@ def load_glove(
     Every line is checked for its number of fields, the lines of wanted words for finite numbers too; malformed lines
     are skipped and named in a `UserWarning` with their line number. Of a word that comes twice the first counts. A
     word2vec header ("400000 300") is passed over. Missing words get random vectors of the found ones' spread."""
+    if not isinstance(vocabulary, Vocabulary): vocabulary = Vocabulary(vocabulary)
     if not Path(path).is_file(): raise FileNotFoundError(f"path: wanted a GloVe text file, got {path}: not there")
     dim = dim or glove_width(path)
     heads = {w.split(" ")[0] for w in vocabulary.words}
@@ -452,13 +453,13 @@ def byte_pairs(
         kept.append([tokenizer.sot_token_id, *ids[:room], tokenizer.eot_token_id])
     return kept, report
 
-# %% ../nbs/03_text.ipynb #fbcbe6e7
+# %% ../nbs/03_text.ipynb #666a60a2
 def clip_config(
     name:str, # a name open_clip knows, "hf-hub:ORG/REPO", a folder with open_clip_config.json, or a dict
 ) -> dict: # embed_dim, text_cfg, quick_gelu, ...
     """The configuration of a CLIP, after checking that its text tower is CLIP's own kind.
 
-    That is: causal, with CLIP's byte pairs, pooled at the end token. Other towers (SigLIP, XLM-R) are a `ValueError`."""
+    That is: causal, with CLIP's byte pairs, pooled at the end token. Others (SigLIP, XLM-R) are a `ValueError`."""
     from open_clip import get_model_config, list_models
     if isinstance(name, dict): config = json.loads(json.dumps(name))
     else: config = get_model_config(f"local-dir:{name}" if Path(name).is_dir() else str(name))
@@ -468,7 +469,7 @@ def clip_config(
     text = config["text_cfg"]
     odd = [k for k in ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls") if text.get(k)]
     if text.get("pool_type", "argmax") not in ("argmax", "eos"): odd.append("pool_type")
-    if odd: raise ValueError(f"name: wanted a causal text tower, got {name!r:.80} with {odd}")
+    if odd: raise ValueError(f"name: wanted a causal text tower, got {name!r:.80}, which sets {odd}")
     return config
 
 # %% ../nbs/03_text.ipynb #cb17a20b
@@ -482,14 +483,14 @@ def clip_text_state(
     skip = {"logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask"}
     return {k: v for k, v in state.items() if k not in skip and not k.startswith("visual.")}
 
-# %% ../nbs/03_text.ipynb #2f573df3
+# %% ../nbs/03_text.ipynb #fcffb33d
 def read_tensors(
     path:str, # .safetensors, or a torch file that holds a dict of tensors
     skip:str="visual.", # names with this prefix are never read from a .safetensors
 ) -> dict: # name -> tensor
     "The tensors of a checkpoint file. Nothing in it is executed: a pickle with anything but tensors is a `ValueError`."
     from safetensors import SafetensorError, safe_open
-    if not Path(path).is_file(): raise FileNotFoundError(f"path: wanted a checkpoint file, got {path}, which is not there")
+    if not Path(path).is_file(): raise FileNotFoundError(f"path: wanted a checkpoint file, got {path}: not there")
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as f:

@@ -1,0 +1,279 @@
+"The metrics against torchmetrics, torchvision and plain loops, in several processes, and on bad input."
+import math
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lsbook.metrics import ConfusionMatrix, MaskMeter, _to_size, box_iou, evaluate, iou
+
+RNG = np.random.default_rng(0)
+
+# torchmetrics, torchvision and datasets are imported by the tests that need them: the processes below load this file too
+
+
+def masks(n, size=24, p=.4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    truth = torch.rand(n, size, size, generator=g) < p
+    return truth ^ (torch.rand(n, size, size, generator=g) < torch.rand(n, 1, 1, generator=g) * .5), truth
+
+
+def test_iou_against_torchmetrics():
+    import torchmetrics.classification as oracle
+    pred, truth = masks(20)
+    want = [oracle.BinaryJaccardIndex()(p, t).item() for p, t in zip(pred, truth)]
+    np.testing.assert_allclose(iou(pred, truth), want, rtol=1e-6)
+
+
+def test_mask_meter_against_plain_loops():
+    import torchmetrics.classification as oracle
+    from torchvision.ops import box_iou as torchvision_box_iou
+    pred, truth = masks(300)
+    pred[0], truth[0], pred[1], truth[2] = False, False, False, False
+    boxes = torch.rand(2, 300, 4) * 20
+    boxes[..., 2:] += boxes[..., :2]
+    kinds = [("a", "b", "c")[i % 3] for i in range(300)]
+    meter = MaskMeter()
+    meter.update(pred[:200], truth[:200], boxes[0, :200], boxes[1, :200], kinds[:200])
+    for i in range(200, 300):
+        meter.update(pred[i].numpy(), Image.fromarray(truth[i].numpy()), boxes[0, i].tolist(), boxes[1, i], kinds[i])
+    got = meter.compute()
+    I = [int(np.logical_and(p, t).sum()) for p, t in zip(pred.numpy(), truth.numpy())]
+    U = [int(np.logical_or(p, t).sum()) for p, t in zip(pred.numpy(), truth.numpy())]
+    each = np.array([i / u if u else 1 for i, u in zip(I, U)])
+    want = {"mIoU": each.mean(), "oIoU": sum(I) / sum(U)} | {f"Prec@{x}": (each >= x).mean() for x in (.5, .6, .7, .8, .9)}
+    want |= {f"mIoU/{k}": each[[q == k for q in kinds]].mean() for k in "abc"}
+    want["box Prec@0.5"] = (torchvision_box_iou(*boxes).diagonal() >= .5).double().mean().item()
+    assert got.keys() == want.keys()
+    for key in want: assert got[key] == pytest.approx(want[key], abs=1e-12), key
+    np.testing.assert_allclose(meter.ious(), each)
+    assert all(type(v) is float for v in got.values())
+    assert got["oIoU"] == pytest.approx(oracle.BinaryJaccardIndex()(pred, truth).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("tenths", [5, 6, 7, 8, 9])
+def test_an_iou_of_exactly_x_reaches_x(tenths):
+    for times in range(1, 40):
+        pred, truth = torch.zeros(2, 20, 20, dtype=torch.bool)
+        truth.view(-1)[:10 * times] = True
+        pred.view(-1)[:tenths * times] = True
+        for short in (0, 1):
+            meter = MaskMeter()
+            pred.view(-1)[0] = not short
+            meter.update(pred, truth)
+            assert meter.compute()[f"Prec@0.{tenths}"] == 1 - short
+
+
+def test_box_iou_against_torchvision():
+    from torchvision.ops import box_iou as torchvision_box_iou
+    a, b = torch.rand(2, 200, 4, dtype=torch.double) * 50
+    a[:, 2:] += a[:, :2]; b[:, 2:] += b[:, :2]
+    assert torch.allclose(box_iou(a, b), torchvision_box_iou(a, b).diagonal())
+    assert box_iou([0, 0, 0, 0], [0, 0, 0, 0]) == 0 and box_iou([5, 5, 1, 1], [0, 0, 9, 9]) == 0
+    for bad in ((torch.zeros(3, 4), torch.zeros(2, 4)), (torch.zeros(5), torch.zeros(5))):
+        with pytest.raises(ValueError, match="boxes"): box_iou(*bad)
+
+
+def test_a_missing_box_is_a_miss_and_a_missing_truth_is_left_out():
+    pred, truth = masks(3)
+    meter = MaskMeter()
+    meter.update(pred[0], truth[0], None, [0, 0, 9, 9])
+    meter.update(pred[1], truth[1], [0, 0, 9, 9], [0, 0, 9, 9])
+    meter.update(pred[2], truth[2], [0, 0, 9, 9], None)
+    assert meter.compute()["box Prec@0.5"] == .5
+
+
+@pytest.mark.parametrize("args, what", [
+    ((torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.bool)), "pred: .*threshold"),
+    ((np.zeros((4, 4), int), np.zeros((4, 4))), "target: .*threshold"),
+    ((np.zeros((4, 4), int), np.zeros((4, 5), int)), r"\(4, 4\) and \(4, 5\)"), ((np.zeros(4, int), np.zeros(4, int)), "shape"),
+    ((np.zeros((4, 4), int),) * 2 + ([0, 0, 1], [0, 0, 1, 1]), "pred_box"), ((np.zeros((4, 4), int),) * 2 + (None, [0, 0, 1]), "box"),
+    ((np.zeros((2, 4, 4), int),) * 2 + (None, None, ["a"]), "kind")])
+def test_bad_pairs(args, what):
+    meter = MaskMeter()
+    with pytest.raises(ValueError, match=what): meter.update(*args)
+    with pytest.raises(ValueError, match="update"): meter.compute()      # and nothing of it has stayed
+
+
+@pytest.mark.parametrize("n, ignore", [(5, 255), (5, -1), (150, 255), (300, 65535), (1, 255)])
+def test_confusion_matrix_against_torchmetrics(n, ignore):
+    import torchmetrics.classification as oracle
+    truth = torch.from_numpy(RNG.integers(0, n, (4, 50, 40)))
+    other = torch.from_numpy(RNG.integers(0, n, (4, 50, 40)))
+    pred = torch.where(torch.from_numpy(RNG.random((4, 50, 40)) < .6), truth, other)
+    truth[:, :5] = ignore
+    m = ConfusionMatrix(n, ignore)
+    for p, t in zip(pred, truth): m.update(p, t)
+    if n > 1:
+        want = oracle.MulticlassConfusionMatrix(n, ignore_index=ignore)(pred, truth)
+        assert (m.matrix()[:, :n] == want).all()
+        each = oracle.MulticlassJaccardIndex(n, average=None, ignore_index=ignore)(pred, truth)
+        np.testing.assert_allclose(m.iou(), each, rtol=1e-5)
+        right = oracle.MulticlassAccuracy(n, average="micro", ignore_index=ignore)(pred, truth).item()
+        assert m.compute()["accuracy"] == pytest.approx(right, rel=1e-6)
+    else: assert m.compute() == {"mIoU": 1.0, "accuracy": 1.0}
+    assert m.matrix().sum() == (truth != ignore).sum()
+
+
+def test_values_that_are_no_label_are_wrong_and_never_misfiled():
+    for value in (3, 4, 254, 255, -1, -300, 2 ** 40):
+        m = ConfusionMatrix(3)
+        m.update(torch.tensor([value, 1]), torch.tensor([0, 1]))
+        assert m.matrix().tolist() == [[0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]] and m.compute()["accuracy"] == .5
+        assert m.iou()[0] == 0 and m.iou()[1] == 1 and m.iou()[2].isnan()
+        bad = ConfusionMatrix(3)
+        bad.update(torch.tensor([0, 1]), torch.tensor([value, 1]))
+        if value != 255:
+            with pytest.raises(ValueError, match="target: .*1 pixels"): bad.compute()
+
+
+def test_confusion_matrix_bad_input():
+    for args in ((0,), (256, 255), (3, 2)):
+        with pytest.raises(ValueError): ConfusionMatrix(*args)
+    m = ConfusionMatrix(3)
+    with pytest.raises(ValueError, match="floats|float"): m.update(torch.zeros(3), torch.zeros(3, dtype=int))
+    with pytest.raises(ValueError, match="shape"): m.update(torch.zeros(3, dtype=int), torch.zeros(4, dtype=int))
+    with pytest.raises(ValueError, match="update"): m.compute()
+    m.update(np.zeros((2, 2), np.uint16), Image.fromarray(np.zeros((2, 2), np.uint8)))
+    assert m.compute()["accuracy"] == 1 and isinstance(m.compute()["mIoU"], float)
+
+
+def test_nearest_resize_takes_old_values_only_and_agrees_with_pil():
+    a = RNG.integers(0, 7, (37, 53)).astype(np.uint8)
+    for size in (10, 37, 100):
+        want = np.array(Image.fromarray(a).resize((size, size), Image.Resampling.NEAREST))
+        assert (_to_size(a, size).numpy() == want).mean() > .99
+    assert _to_size(Image.fromarray(a.astype(np.uint16) * 1000), 20).max() == 6000
+
+
+class Copycat(torch.nn.Module):
+    "Knows its answers by the picture's first pixel."
+    def __init__(self, answers):
+        super().__init__()
+        self.answers, self.calls, self.modes = answers, [], []
+
+    def segment(self, images, texts):
+        self.calls.append(len(images)); self.modes.append(self.training)
+        out = []
+        for image in images:
+            i = int(np.asarray(image)[0, 0, 0])
+            box = None if i % 3 == 0 else [0, 0, 4, 4]
+            out.append(SimpleNamespace(mask=self.answers[i], label_map=self.answers[i], box=box))
+        return out
+
+
+def referring_rows(n, kind=True):
+    "Pictures of n sizes, a model that gets about 80 % of their pixels right, and every third answer empty."
+    pred, rows = [], []
+    for i in range(n):
+        h, w = 10 + i, 20 - i % 5
+        truth = RNG.random((h, w)) < .5
+        pred.append(truth ^ (RNG.random((h, w)) < .2) if i % 3 else np.zeros((h, w), bool))
+        rows.append(dict(image=Image.fromarray(np.full((h, w, 3), i, np.uint8)), expression=f"thing {i}",
+                         mask=Image.fromarray(truth * np.uint8(255)), box=[0., 0., 4., 5.]))
+        if kind: rows[-1]["kind"] = "xy"[i % 2]
+    return Copycat(pred), rows
+
+
+def test_evaluate_takes_lists_and_data_sets_alike():
+    import datasets
+    model, rows = referring_rows(11)
+    want = evaluate(model, rows, batch_size=4)
+    assert model.calls == [4, 4, 3] and model.modes == [False] * 3 and model.training
+    features = datasets.Features(image=datasets.Image(), mask=datasets.Image(), expression=datasets.Value("string"),
+                                 box=datasets.Sequence(datasets.Value("float32"), length=4), kind=datasets.Value("string"))
+    ds = datasets.Dataset.from_list(rows, features=features)
+    assert evaluate(model, ds, batch_size=3) == want and evaluate(model, ds.to_iterable_dataset(), batch_size=5) == want
+    assert want["box Prec@0.5"] == pytest.approx(7 / 11) and {"mIoU/x", "mIoU/y"} <= want.keys()
+    fixed = evaluate(model, rows, size=30)
+    assert fixed["mIoU"] == pytest.approx(want["mIoU"], abs=.05) and fixed["oIoU"] != want["oIoU"]
+    assert not any("/" in k for k in evaluate(model.train(False), referring_rows(3, kind=False)[1])) and not model.training
+
+
+def semantic_rows(n, names):
+    maps = [RNG.integers(0, len(names), (9 + i, 12)) for i in range(n)]
+    answers = [np.where(RNG.random(m.shape) < .3, 0, m) for m in maps]
+    images = [Image.fromarray(np.full((*m.shape, 3), i, np.uint8)) for i, m in enumerate(maps)]
+    kind = np.uint8 if len(names) <= 255 else np.uint16
+    return Copycat(answers), [dict(image=i, label_map=Image.fromarray(m.astype(kind))) for i, m in zip(images, maps)]
+
+
+def test_evaluate_label_maps_seen_and_unseen():
+    names = ["a", "b", "c", "d"]
+    model, rows = semantic_rows(5, names[:3])
+    plain = evaluate(model, rows, names=names)
+    assert math.isnan(plain["IoU/d"]) and plain["mIoU"] == pytest.approx(np.mean([plain[f"IoU/{n}"] for n in "abc"]))
+    assert not any(k.startswith("mIoU/") for k in plain)
+    for labels in (["a", "b"], ("b", "a", "elsewhere")):
+        model.config = SimpleNamespace(labels=labels)
+        got = evaluate(model, rows, names=names)
+        assert got["mIoU/seen"] == pytest.approx((got["IoU/a"] + got["IoU/b"]) / 2) and got["mIoU/unseen"] == got["IoU/c"]
+    for labels in (names, [], None):
+        model.config = SimpleNamespace(labels=labels)
+        assert evaluate(model, rows, names=names).keys() == plain.keys()
+    many = [str(i) for i in range(400)]
+    assert evaluate(*semantic_rows(2, many), names=many)["accuracy"] > .6
+
+
+def test_evaluate_bad_input():
+    model, rows = referring_rows(3)
+    with pytest.raises(ValueError, match="at least one"): evaluate(model, [])
+    with pytest.raises(TypeError, match="once"): evaluate(model, iter(rows))
+    with pytest.raises(ValueError, match="caption"): evaluate(model, [dict(image=1, caption="x")])
+    model.train()
+    short = SimpleNamespace(segment=lambda images, texts: [])
+    with pytest.raises(ValueError, match="3 results are wanted, got 0"): evaluate(short, rows)
+    model.answers = [np.zeros((2, 2), bool)] * 3
+    with pytest.raises(ValueError, match=r"\(2, 2\)"): evaluate(model, rows)
+    assert model.training      # also after an error
+
+
+def _process(rank, world, port, out):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    global RNG
+    RNG = np.random.default_rng(7)
+    referring, semantic = referring_rows(7), semantic_rows(5, ["a", "b", "c"])
+    got = evaluate(*referring, batch_size=2), evaluate(*semantic, batch_size=2, names=["a", "b", "c"])
+    torch.save((got, referring[0].calls), f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (2, port, str(tmp_path)), nprocs=2)
+    parts = [torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(2)]
+    global RNG
+    RNG = np.random.default_rng(7)
+    want = evaluate(*referring_rows(7)), evaluate(*semantic_rows(5, ["a", "b", "c"]), names=["a", "b", "c"])
+    for got, _ in parts:
+        for g, w in zip(got, want): assert g == pytest.approx(w, abs=1e-12)
+    assert [sum(calls) for _, calls in parts] == [4, 3]      # every row once
+
+
+def test_nothing_is_printed_where_no_terminal_watches(capfd):
+    evaluate(*referring_rows(3))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_update_never_waits_for_the_gpu():
+    pred, truth = (m.cuda() for m in masks(8))
+    labels, wrong = torch.randint(0, 9, (2, 64, 64)).cuda()
+    boxes = torch.rand(8, 4).cuda()
+    meter, table = MaskMeter(), ConfusionMatrix(9)
+    for _ in range(2): meter.update(pred, truth, boxes, boxes), table.update(wrong, labels)      # warm up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5): meter.update(pred, truth, boxes, boxes); table.update(wrong, labels)
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert len(meter.ious()) == 56
+    cpu = ConfusionMatrix(9)
+    cpu.update(wrong.cpu(), labels.cpu())
+    assert (table.matrix() == 7 * cpu.matrix()).all()

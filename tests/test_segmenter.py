@@ -1,0 +1,395 @@
+"""The interface of all methods, on two tiny ones: sizes and the way back, batches, Encoded, results, and models on disk."""
+import copy
+import json
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from fastcore.basics import AttrDict
+from PIL import Image
+from torch import nn
+
+from lsbook import segmenter as S
+
+
+@dataclass
+class Inner:
+    scale: float = 1.0
+
+
+@dataclass
+class ToyConfig:
+    width: int
+    long_side: int = 48
+    sizes: tuple = (1, (2, 3))
+    inner: Inner = field(default_factory=Inner)
+    note: "str | None" = None
+
+
+class Toy(S.SemanticSegmenter):
+    """A convolution, a BatchNorm that would tell training from evaluation, a tied weight and an integer buffer."""
+    method, stride = "toy", 16
+
+    def __init__(self, config: ToyConfig):
+        super().__init__()
+        self.config, self.passes = config, []
+        self.conv = nn.Conv2d(3, config.width, 4, stride=4)
+        self.norm = nn.BatchNorm2d(config.width)
+        self.again = self.conv
+        self.register_buffer("count", torch.tensor(3))
+
+    def image_features(self, pixel_values):
+        self.passes.append(tuple(pixel_values.shape))
+        assert not self.training and not torch.is_grad_enabled()
+        return self.norm(self.conv(pixel_values))
+
+    def encode_text(self, texts):
+        seeds = [torch.Generator().manual_seed(sum(map(ord, t))) for t in texts]
+        return torch.stack([torch.randn(self.config.width, generator=g) for g in seeds]).to(self.device, self.dtype)
+
+    def label_map(self, encoded, text):
+        return self.restore(torch.einsum("kd,dhw->khw", text, encoded.features), encoded).argmax(0)
+
+
+class Finder(S.ReferringSegmenter):
+    """The heat is the red channel for "red", the green one otherwise; the network's input is the image itself."""
+    method, stride, mean, std = "finder", 8, (0, 0, 0), (1, 1, 1)
+
+    def __init__(self, config: ToyConfig, own_box=False):
+        super().__init__()
+        self.config, self.own_box, self.passes = config, own_box, []
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def image_features(self, pixel_values):
+        self.passes.append(tuple(pixel_values.shape))
+        return {"rgb": pixel_values * self.weight, "sum": (pixel_values.sum(1),)}
+
+    def heatmaps(self, encoded, texts):
+        maps = [self.restore(e.features["rgb"]["red" not in t], e) for e, t in zip(encoded, texts)]
+        return maps, [(0, 0, 1.5, 2)] * len(maps) if self.own_box else None
+
+
+@pytest.fixture(autouse=True)
+def methods(monkeypatch):
+    monkeypatch.setitem(S.METHODS, "toy", f"{__name__}:Toy")
+    monkeypatch.setitem(S.METHODS, "finder", f"{__name__}:Finder")
+
+
+@pytest.fixture
+def toy():
+    torch.manual_seed(0)
+    model = Toy(ToyConfig(8, inner=Inner(2.0), note="x"))
+    model.norm.running_mean.normal_()
+    return model
+
+
+def noise(h, w, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+
+
+LABELS = ["grass", "red circle", "other"]
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("h, w", [(48, 48), (30, 48), (1, 1), (1, 300), (3, 20_000), (20_000, 3), (500, 333), (17, 16)])
+def test_answers_have_the_images_own_size(toy, h, w):
+    result = toy.segment(noise(h, w), LABELS)
+    assert result.label_map.shape == (h, w) and result.image.size == (w, h) and result.label_map.dtype == np.uint8
+    encoded = toy.encode_image(noise(h, w))
+    assert max(encoded.size) == 48 and min(encoded.size) >= 1 and toy.passes[-1][2:] == encoded.padded
+    assert all(p % 16 == 0 and 0 <= p - s < 16 for p, s in zip(encoded.padded, encoded.size))
+
+
+def test_pixels_are_antialiased_as_torchvision_does_it(toy):
+    from torchvision.transforms.v2 import functional as T
+    image = noise(200, 300)
+    ours = toy.pixels(Image.fromarray(image))
+    theirs = T.resize(torch.from_numpy(image).permute(2, 0, 1).float() / 255, [32, 48], antialias=True)
+    assert ours.shape == (3, 32, 48)
+    assert torch.allclose(ours, (theirs - .5) / .5, atol=2.5 / 255)      # Pillow rounds to bytes between its two passes
+
+
+def test_restore_is_exact_where_nothing_is_resized(toy):
+    encoded = S.Encoded(Image.new("RGB", (30, 20)), None, (20, 30), (32, 32), "")
+    maps = torch.rand(2, 5, 32, 32)
+    assert torch.equal(toy.restore(maps, encoded), maps[..., :20, :30])
+    assert toy.restore(maps[0, 0].bfloat16(), encoded).dtype == torch.float32
+
+
+def test_padding_never_reaches_the_answer(toy):
+    encoded = S.Encoded(Image.new("RGB", (90, 60)), None, (20, 30), (32, 32), "")
+    maps = torch.zeros(1, 32, 32)
+    maps[:, 20:], maps[:, :, 30:] = 1e6, 1e6
+    assert (toy.restore(maps, encoded) == 0).all()
+
+
+# --- lists, modes, Encoded -----------------------------------------------------------------------------------------
+
+def test_a_list_gives_what_single_images_give(toy):
+    images = [noise(48, 48, i) for i in range(5)] + [noise(20, 90, 7), noise(21, 90, 8), noise(1, 1)]
+    for size in (1, 2, 16):
+        for one, many in zip(images, toy.segment(images, LABELS, batch_size=size)):
+            assert (toy.segment(one, LABELS).label_map == many.label_map).all()
+    toy.passes.clear()
+    toy.encode_image(images, batch_size=4)
+    assert toy.passes == [(4, 3, 48, 48), (1, 3, 48, 48), (2, 3, 16, 48), (1, 3, 48, 48)] or len(toy.passes) == 3
+    assert max(p[0] for p in toy.passes) <= 4
+
+
+def test_a_tensor_batch_is_a_list(toy):
+    batch = torch.from_numpy(np.stack([noise(40, 48, i) for i in range(3)])).permute(0, 3, 1, 2)
+    results = toy.segment(batch, LABELS)
+    assert len(results) == 3 and (results[1].label_map == toy.segment(noise(40, 48, 1), LABELS).label_map).all()
+
+
+def test_modes_and_gradients_are_left_as_they_were(toy):
+    toy.train()
+    toy.norm.eval()
+    before = toy.norm.running_mean.clone()
+    toy.segment(noise(48, 48), LABELS)
+    assert toy.training and toy.conv.training and not toy.norm.training and torch.is_grad_enabled()
+    assert torch.equal(before, toy.norm.running_mean)
+    toy.image_features = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        toy.segment(noise(48, 48), LABELS)
+    assert toy.training and torch.is_grad_enabled()                      # also after a crash
+
+
+def test_encoded_is_asked_without_the_network(toy):
+    encoded = toy.encode_image([noise(48, 48), noise(20, 90)])
+    toy.passes.clear()
+    results = toy.segment(encoded, LABELS)
+    assert not toy.passes and len(results) == 2
+    assert (results[1].label_map == toy.segment(noise(20, 90), LABELS).label_map).all()
+    mixed = toy.segment([encoded[0], noise(20, 90)], LABELS)
+    assert (mixed[0].label_map == results[0].label_map).all() and (mixed[1].label_map == results[1].label_map).all()
+    assert isinstance(toy.segment(encoded[0], LABELS), S.LabelResult)
+    assert toy.segment(pickle.loads(pickle.dumps(encoded[0])), LABELS).label_map.shape == (48, 48)
+
+
+@pytest.mark.parametrize("change", ["step", "load", "dtype"])
+def test_encoded_is_refused_once_the_weights_changed(toy, change):
+    encoded = toy.encode_image(noise(48, 48))
+    toy.segment(encoded, LABELS)
+    if change == "step":
+        optimiser = torch.optim.AdamW(toy.parameters())
+        toy.conv.weight.grad = torch.ones_like(toy.conv.weight)
+        optimiser.step()
+    elif change == "load":
+        toy.load_state_dict(copy.deepcopy(toy.state_dict()))
+    else:
+        toy.bfloat16()
+    with pytest.raises(ValueError, match="before the weights changed"):
+        toy.segment(encoded, LABELS)
+
+
+def test_encoded_of_another_model_is_refused(toy):
+    encoded = toy.encode_image(noise(48, 48))
+    for other in (copy.deepcopy(toy), Toy(toy.config), Finder(toy.config)):
+        with pytest.raises(ValueError, match=r"image\[1\]: this Encoded was encoded by"):
+            other.segment([noise(9, 9), encoded], *(["grass"],) if other.method == "toy" else ("grass",))
+
+
+def test_many_labels_need_more_than_a_byte(toy):
+    names = [f"label {i}" for i in range(300)]
+    result = toy.segment(noise(48, 48), names)
+    assert result.label_map.dtype == np.int32 and result.label_map.max() > 255
+    assert toy.segment(noise(48, 48), names[:255]).label_map.dtype == np.uint8
+
+
+def test_half_precision_weights(toy):
+    assert toy.bfloat16().segment(noise(48, 48), LABELS).label_map.shape == (48, 48)
+
+
+# --- referring -----------------------------------------------------------------------------------------------------
+
+def red_square():
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[10:20, 30:45, 0], image[25:30, 5:10, 1] = 255, 255
+    return image
+
+
+def test_referring_pairs():
+    finder, image = Finder(ToyConfig(1, long_side=60)), red_square()
+    one = finder.segment(image, "red")
+    assert isinstance(one, S.MaskResult) and one.box == (30, 10, 45, 20) and one.mask.sum() == 150 and one.score == 1
+    assert one.heatmap.dtype == np.float32 and one.mask.dtype == bool and one.heatmap.shape == one.mask.shape == (40, 60)
+    finder.passes.clear()
+    many = finder.segment(image, ["red", "green", "red"], batch_size=2)
+    assert [r.box for r in many] == [one.box, (5, 25, 10, 30), one.box] and len(finder.passes) == 1
+    assert [r.expression for r in finder.segment([image, image[:, ::-1]], "red")] == ["red", "red"]
+    zipped = finder.segment([image, image[:20]], ["green", "red"])
+    assert zipped[0].box == (5, 25, 10, 30) and zipped[1].box == one.box and zipped[1].mask.shape == (20, 60)
+    assert isinstance(finder.segment([image], "red"), list) and isinstance(finder.segment(image, ["red"]), list)
+    with pytest.raises(ValueError, match="2 images and 3 expressions"):
+        finder.segment([image] * 2, ["a", "b", "c"])
+
+
+def test_referring_from_encoded_empty_masks_and_own_boxes():
+    finder, image = Finder(ToyConfig(1, long_side=60)), red_square()
+    encoded = finder.encode_image(image)
+    assert finder.segment(encoded, "red").box == (30, 10, 45, 20)
+    empty = finder.segment(np.full((5, 5, 3), 40, np.uint8), "red")
+    assert empty.box is None and not empty.mask.any() and empty.score == pytest.approx(40 / 255)
+    assert "no box" in repr(empty)
+    assert Finder(ToyConfig(1, long_side=60), own_box=True).segment(image, "red").box == (0, 0, 1.5, 2)
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+def test_label_result(toy, tmp_path):
+    result = toy.segment(noise(48, 70), LABELS)
+    assert sum(result.shares().values()) == pytest.approx(1)
+    assert sum(result.mask_of(s).sum() for s in result.shares()) == 48 * 70
+    assert (result.mask_of(" RED circle") == (result.label_map == 1)).all()
+    picture, beside = result.save(tmp_path / "out.jpg")
+    kept = Image.open(beside)
+    assert beside.name == "out_labels.png" and kept.mode == "L" and json.loads(kept.text["labels"]) == LABELS
+    assert (np.asarray(kept) == result.label_map).all() and Image.open(picture).format == "JPEG"
+
+
+def test_thousand_labels_draw_and_save(toy, tmp_path):
+    names = [f"label {i}" for i in range(1000)]
+    result = toy.segment(noise(48, 48), names)
+    _, beside = result.save(tmp_path / "out.png")
+    kept = Image.open(beside)
+    assert (np.asarray(kept) == result.label_map).all() and json.loads(kept.text["labels"]) == names
+
+
+def test_mask_result_saves(tmp_path):
+    result = Finder(ToyConfig(1, long_side=60)).segment(red_square(), "red")
+    picture, beside = result.save(str(tmp_path / "out.png"))
+    assert (np.asarray(Image.open(beside)) == result.mask * 255).all() and beside.name == "out_mask.png"
+    assert result._repr_png_()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("h, w", [(1, 1), (2, 3000), (3000, 2), (900, 1200)])
+def test_pictures_of_odd_sizes(toy, h, w):
+    result = toy.segment(noise(h, w), LABELS)
+    shown = Image.open(__import__("io").BytesIO(result._repr_png_()))
+    assert max(shown.width, 260) <= 640 and min(shown.size) > 1
+    S.MaskResult(result.image, "x", result.label_map == 0, np.zeros((h, w), np.float32), (0, 0, w, h), .5).picture()
+
+
+def test_words_in_pictures_are_plain(toy):
+    names = ["<script>alert(1)</script>", "a\nb\tc\x1b[31m", "草 трава 🌱", "x" * 900]
+    result = toy.segment(noise(30, 30), names)
+    assert not re.search(r"[\n\t\x1b]", repr(result)) and not hasattr(result, "_repr_html_")
+    result._repr_png_()
+    mask = result.label_map == 0
+    S.MaskResult(result.image, names[1] * 40, mask, mask.astype(np.float32), None, 0.)._repr_png_()
+
+
+@pytest.mark.parametrize("path, error", [("no/such/out.png", FileNotFoundError), ("out.txt", ValueError), ("out", ValueError)])
+def test_save_says_where_it_cannot(toy, tmp_path, path, error):
+    with pytest.raises(error, match="path"):
+        toy.segment(noise(8, 8), LABELS).save(tmp_path / path)
+
+
+# --- models on disk ------------------------------------------------------------------------------------------------
+
+def same(a, b):
+    sa, sb = a.state_dict(), b.state_dict()
+    return sa.keys() == sb.keys() and all(torch.equal(sa[k], sb[k]) for k in sa) and a.config == b.config
+
+
+def test_save_weights_and_load(toy, tmp_path):
+    path = S.save_weights(toy, tmp_path / "deep" / "toy.safetensors", seed=np.int64(3), metrics={"mIoU": np.float32(.5),
+                          "empty": float("nan")}, command="lsbook train", data=tmp_path)
+    state = torch.get_rng_state()
+    for name in (path, str(path), path.parent):
+        loaded = S.load(name)
+        assert same(loaded, toy) and not loaded.training and loaded.again is loaded.conv
+        assert loaded.config.sizes == (1, (2, 3)) and isinstance(loaded.config.inner, Inner)
+    assert torch.equal(state, torch.get_rng_state())                     # loading draws nothing from the caller's seed
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card["method"] == "toy" and card["metrics"] == {"mIoU": .5, "empty": None} and card["versions"]["lsbook"]
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+    assert (loaded.segment(noise(48, 48), LABELS).label_map == toy.segment(noise(48, 48), LABELS).label_map).all()
+
+
+def test_half_storage_comes_back_in_the_models_type(toy, tmp_path):
+    with torch.no_grad():
+        toy.conv.bias[0] = 1e6                                           # beyond 16 bits: kept as it is
+    full, half = S.save_weights(toy, tmp_path / "a.safetensors"), S.save_weights(toy, tmp_path / "b.safetensors", half=True)
+    loaded = S.load(half)
+    assert loaded.conv.weight.dtype == torch.float32 and loaded.count.dtype == torch.int64 and loaded.conv.bias[0] == 1e6
+    assert torch.allclose(loaded.conv.weight, toy.conv.weight, rtol=1e-3) and half.stat().st_size < full.stat().st_size
+
+
+def test_pretrained_round_trip(toy, tmp_path):
+    toy.save_pretrained(tmp_path / "m")
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    for back in (S.load(tmp_path / "m"), Toy.from_pretrained(tmp_path / "m"), Toy.from_pretrained(str(tmp_path / "m")),
+                 S.Segmenter.from_pretrained(tmp_path / "m"), S.load(tmp_path / "m" / "model.safetensors")):
+        assert type(back) is Toy and same(back, toy)
+    toy.save_pretrained(tmp_path / "m")                                  # again over itself
+    with pytest.raises(ValueError, match="'toy'; wanted 'finder'"):
+        Finder.from_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="is a Toy; wanted a ReferringSegmenter"):
+        S.ReferringSegmenter.from_pretrained(tmp_path / "m")
+    with pytest.raises(TypeError, match="map_location"):
+        Toy.from_pretrained(tmp_path / "m", map_location="cpu")
+
+
+def test_push_to_hub_sends_the_same_files(toy, monkeypatch):
+    from huggingface_hub import HfApi
+    sent = {}
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kw: AttrDict(repo_id=repo_id))
+
+    def upload(self, *, folder_path, **kw):
+        sent.update({p.name: p.read_bytes() for p in folder_path.iterdir()})
+        return "commit"
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert toy.push_to_hub("me/toy") == "commit"
+    assert set(sent) == {"README.md", "config.json", "model.safetensors"}
+    assert json.loads(sent["config.json"])["method"] == "toy" and b"apache-2.0" in sent["README.md"]
+
+
+def test_load_from_the_hub(toy, tmp_path, monkeypatch):
+    import huggingface_hub
+    toy.save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo, name, **kw):
+        asked.append((repo, name, kw["revision"]))
+        return str(tmp_path / name)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert same(S.load("me/toy", revision="v1"), toy) and same(Toy.from_pretrained("me/toy"), toy)
+    assert asked[:2] == [("me/toy", "model.safetensors", "v1"), ("me/toy", "config.json", "v1")]
+
+
+def test_copies_keep_working(toy):
+    twin = copy.deepcopy(toy)
+    assert same(twin, toy) and pickle.loads(pickle.dumps(toy)).config == toy.config
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu(toy, tmp_path):
+    before = toy.segment([noise(48, 48), noise(20, 90)], LABELS)
+    loaded = S.load(S.save_weights(toy, tmp_path / "toy.safetensors"), device="cuda")
+    assert loaded.device.type == "cuda"
+    after = loaded.segment([torch.from_numpy(noise(48, 48)).permute(2, 0, 1).cuda(), noise(20, 90)], LABELS)
+    for a, b in zip(before, after):
+        assert (a.label_map == b.label_map).mean() > .99
+
+
+def test_import_is_light():
+    """Neither transformers nor open_clip, datasets, matplotlib, torchvision come along, and little time beyond torch's."""
+    code = ("import sys, time, torch; t = time.perf_counter(); import lsbook.segmenter; t = time.perf_counter() - t; "
+            "print(t, [m for m in ('transformers', 'open_clip', 'datasets', 'matplotlib', 'torchvision') if m in sys.modules])")
+    best = []
+    for _ in range(3):
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        seconds, heavy = out.split(" ", 1)
+        assert heavy.strip() == "[]"
+        best.append(float(seconds))
+        if best[-1] < .3:
+            break
+    assert min(best) < .3
