@@ -214,11 +214,11 @@ def _text(path, argument):
     try: return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e: raise ValueError(f"{argument}: {path} is not UTF-8 text: {e}") from None
 
-# %% ../nbs/02_data.ipynb #80647908
+# %% ../nbs/02_data.ipynb #484ad24e
 def _inside(folder, name, source):
     "Path of the file called `name` in `folder`; an error when the name leads out of it or there is no such file."
     parts = PurePosixPath(str(name).replace("\\", "/"))
-    _need(isinstance(name, str) and name.strip() and not parts.is_absolute() and ".." not in parts.parts
+    _need(isinstance(name, str) and parts.parts and not parts.is_absolute() and ".." not in parts.parts
           and ":" not in parts.parts[0] and "\0" not in name,
           f"{source}: the file name {name!r} leads out of {folder}; wanted a plain name below it")
     _need((folder / parts).is_file(), f"{source}: names {name!r}, which is not in {folder}")

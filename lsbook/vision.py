@@ -217,7 +217,7 @@ def map_sizes(model: nn.Module, # one of the encoders of this module
                      "height": height, "width": width, "cells": cells})
     return rows
 
-# %% ../nbs/04_vision.ipynb #7b6367d6
+# %% ../nbs/04_vision.ipynb #6295df4d
 def spatial_code(h: int, # rows of the map
                  w: int, # columns of the map
                  device=None, # where to make it
@@ -226,8 +226,8 @@ def spatial_code(h: int, # rows of the map
     """The 8-d position of every cell, (8, h, w): `[xmin, ymin, xmax, ymax, xctr, yctr, 1/w, 1/h]`.
 
     Corners and centres run from -1 to 1 over the map; the last two are constant over it. Appended to the
-    channels of a feature map, so that "left" can be learned. Source: STEP (ICCV 2019), visual features; the same code as
-    in Hu et al., Segmentation from Natural Language Expressions (ECCV 2016).
+    channels of a feature map, so that "left" can be learned. Source: STEP (ICCV 2019), visual features; the same
+    code as in Hu et al., Segmentation from Natural Language Expressions (ECCV 2016).
     """
     if h < 1 or w < 1: raise ValueError(f"h, w: want at least 1 x 1 cells, got {h} x {w}")
     x, y = (torch.linspace(-1, 1, n + 1, device=device, dtype=dtype) for n in (w, h))

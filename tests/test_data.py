@@ -58,9 +58,12 @@ def refer_folder(root, name="refcoco", split_by="unc", protocol=2, file="COCO_tr
              "bbox": [3, 4, 2, 5]}],
         "categories": [{"id": 3, "name": "thing"}]}
     (base / "instances.json").write_text(json.dumps(instances))
-    def sentences(*texts): return [{"sent_id": i, "sent": t, "raw": t, "tokens": t.split()} for i, t in enumerate(texts)]
-    def ref(i, ann, split, *texts): return {"ref_id": i, "ann_id": ann, "image_id": 9, "category_id": 3, "split": split,
-                                            "file_name": file, "sent_ids": [0], "sentences": sentences(*texts)}
+
+    def ref(i, ann, split, *texts):
+        sentences = [{"sent_id": j, "sent": t, "raw": t, "tokens": t.split()} for j, t in enumerate(texts)]
+        return {"ref_id": i, "ann_id": ann, "image_id": 9, "category_id": 3, "split": split, "file_name": file,
+                "sent_ids": list(range(len(texts))), "sentences": sentences}
+
     refs = [ref(0, 1, "val", "left thing", "the big one"), ref(1, 2, "testA", "small one"), ref(2, 1, "train", "it")]
     (base / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, protocol))
     return root
@@ -89,11 +92,12 @@ def test_every_schema_checks(task):
 
 def test_names_travel():
     ds = small("semantic")
-    made = [ds.select([0]), ds.shuffle(seed=0), ds.map(lambda r: {"x": 1}), ds.train_test_split(.5)["test"], ds.shard(2, 0),
-            ds.filter(lambda r: True), ds.with_format("torch"), datasets.concatenate_datasets([ds, ds])]
+    made = [ds.select([0]), ds.shuffle(seed=0), ds.map(lambda r: {"x": 1}), ds.train_test_split(.5)["test"],
+            ds.shard(2, 0), ds.filter(lambda r: True), ds.with_format("torch"), datasets.concatenate_datasets([ds, ds])]
     assert all(D.label_names(d) == ["stuff", "thing"] for d in made)
     stream = D.with_names(ds.to_iterable_dataset(), ["stuff", "thing"])
-    made = [stream.shuffle(seed=0), stream.map(lambda r: {"x": 1}), stream.take(2), stream.skip(1), stream.filter(lambda r: True)]
+    made = [stream.shuffle(seed=0), stream.map(lambda r: {"x": 1}), stream.take(2), stream.skip(1),
+            stream.filter(lambda r: True)]
     assert all(D.label_names(d) == ["stuff", "thing"] for d in made)
 
 
@@ -208,18 +212,18 @@ def test_overlap_counts_once():
     assert both.sum() == 64 + 64 - 16 and both.dtype == bool
 
 
-@pytest.mark.parametrize("segmentation", [[], None, [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [[1, 2, 3, 4, 5, float("nan")]],
-                                          {"size": [9, 9], "counts": [81]}, {"size": [16, 20], "counts": [5]},
-                                          {"size": [16, 20], "counts": [-1, 321]}, {"size": [16, 20], "counts": "~~"},
-                                          {"size": [16, 20], "counts": "o"}])
+@pytest.mark.parametrize("segmentation", [
+    [], None, [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], [[1, 2, 3, 4, 5, float("nan")]], {"size": [9, 9], "counts": [81]},
+    {"size": [16, 20], "counts": [5]}, {"size": [16, 20], "counts": [-1, 321]}, {"size": [16, 20], "counts": "~~"},
+    {"size": [16, 20], "counts": "o"}])
 def test_bad_segmentations(segmentation):
     with pytest.raises(ValueError, match="segmentation|polygons|counts"): D.segmentation_mask(segmentation, 16, 20)
 
 
 # --- REFER
 
-@pytest.mark.parametrize("name, split_by", [("refcoco", "unc"), ("refcoco", "google"), ("refcoco+", "unc"), ("refcocog", "umd"),
-                                            ("refclef", "berkeley")])
+@pytest.mark.parametrize("name, split_by", [
+    ("refcoco", "unc"), ("refcoco", "google"), ("refcoco+", "unc"), ("refcocog", "umd"), ("refclef", "berkeley")])
 def test_refer(tmp_path, name, split_by):
     root = refer_folder(tmp_path, name, split_by)
     ds = D.check_rows(D.refer(root, name, split_by, "val"), "referring")
@@ -231,13 +235,15 @@ def test_refer(tmp_path, name, split_by):
 
 @pytest.mark.parametrize("change, message", [
     (dict(name="refcoco+"), "root, name: .*is not a folder"), (dict(split_by="google"), r"split_by: .*\['unc'\]"),
-    (dict(split="testB"), "split: got 'testB', but .*'val': 1"), (dict(images="/nowhere"), "images: '/nowhere' is not a folder")])
+    (dict(split="testB"), "split: got 'testB', but .*'val': 1"),
+    (dict(images="/nowhere"), "images: '/nowhere' is not a folder")])
 def test_refer_says_what_is_wrong(tmp_path, change, message):
     refer_folder(tmp_path)
     with pytest.raises(ValueError, match=message): D.refer(tmp_path, **change)
 
 
-@pytest.mark.parametrize("file", ["../../../../secret.jpg", "/etc/passwd", "..\\..\\secret.jpg", "C:\\x.jpg", "", "a\0b", "gone.jpg"])
+@pytest.mark.parametrize("file", [
+    "../../../../secret.jpg", "/etc/passwd", "..\\..\\secret.jpg", "C:\\x.jpg", "", ".", "a\0b", "gone.jpg"])
 def test_refer_stays_in_its_folder(tmp_path, file):
     picture(tmp_path / "secret.jpg")
     root = refer_folder(tmp_path / "in", file=file)
@@ -279,8 +285,8 @@ def benchmark_folder(root, split="refcoco_unc_val"):
     F, V, L = datasets.Features, datasets.Value, datasets.Sequence
     i, f, s = V("int64"), V("float64"), V("string")
     features = F({"ref_list": [{"ann_info": {"area": f, "bbox": L(f), "id": i, "iscrowd": i, "segmentation": L(L(f))},
-                                "ref_info": {"ref_id": i, "sentences": [{"raw": s, "sent": s, "sent_id": i, "tokens": L(s)}],
-                                             "split": s}}],
+                                "ref_info": {"ref_id": i, "split": s, "sentences": [
+                                    {"raw": s, "sent": s, "sent_id": i, "tokens": L(s)}]}}],
                   "image_info": {"file_name": s, "height": i, "width": i, "id": i}, "image": datasets.Image()})
     def one(text, k): return {"ann_info": {"area": 1., "bbox": [2, 2, 12, 12], "id": k, "iscrowd": 0,
                                            "segmentation": [SQUARE, OVERLAP]},
@@ -307,6 +313,15 @@ def test_hub_evaluation_splits(tmp_path, monkeypatch, streaming):
     assert rows[5]["image"].getpixel((0, 0)) == (0, 0, 255) and (np.asarray(rows[5]["mask"]) > 0).sum() == 112
 
 
+def bench(root):
+    "A repository of other columns."
+    (root / "other").mkdir()
+    Dataset.from_list([{"question": "what?"}]).to_parquet(root / "other/refcoco_unc_val.parquet")
+    (root / "other/README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files:\n"
+                                          "  - split: refcoco_unc_val\n    path: refcoco_unc_val.parquet\n---\n")
+    return root / "other"
+
+
 def test_hub_train_split(tmp_path):
     ann = {"segmentation": [SQUARE], "bbox": [2, 2, 8, 8], "iscrowd": 0, "id": 1}
     info = {"file_name": "COCO_train2014_000000000009.jpg", "height": 16, "width": 20}
@@ -318,7 +333,10 @@ def test_hub_train_split(tmp_path):
     ds = D.refcoco_hub(split="train", repo=tmp_path / "hub", images=tmp_path / "train2014")
     D.check_rows(ds, "referring")
     assert len(ds) == 3 and ds[0]["box"] == [2, 2, 10, 10] and (np.asarray(ds[0]["mask"]) > 0).sum() == 64
-    with pytest.raises(ValueError, match="images: 'None' is not a folder"): D.refcoco_hub(split="train", repo=tmp_path / "hub")
+    with pytest.raises(ValueError, match="images: 'None' is not a folder"):
+        D.refcoco_hub(split="train", repo=tmp_path / "hub")
+    with pytest.raises(ValueError, match="split_by: got 'google'"): D.refcoco_hub(split="train", split_by="google")
+    with pytest.raises(ValueError, match="repo: .*has columns"): D.refcoco_hub("refcoco", "val", repo=bench(tmp_path))
     with pytest.raises(ValueError, match="name: got 'refclef'"): D.refcoco_hub("refclef")
 
 
@@ -368,12 +386,22 @@ def test_a_map_that_was_read_is_not_shifted_twice(tmp_path):
     assert np.asarray(back[1]["label_map"]).tolist() == [[255, 0, 1]] * 2
 
 
+def test_label_maps_packed_into_parquet_are_translated_once(tmp_path):
+    ds = D.index_maps(*pairs(tmp_path), ["wall", "sky"], ignore=0, first=1)
+    packed = ds.with_format("arrow").map(datasets.table.embed_table_storage, batched=True).with_format(None)
+    packed.to_parquet(tmp_path / "rows.parquet")  # as push_to_hub does
+    back = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "c"))
+    for s in ("a_1", "b_1"): (tmp_path / f"labels/{s}.png").unlink()
+    assert np.asarray(back[0]["label_map"]).tolist() == [[255, 0, 1]] * 2
+
+
 def test_prefixes(tmp_path):
     images, labels = pairs(tmp_path, stems=("0001TP_1", "0006R0_1", "0006R0_2", "0016E5_1"))
     n = ["a", "b", "c"]
     assert len(D.index_maps(images, labels, n, prefixes=("0006R0", "0001TP"))) == 3
     assert len(D.index_maps(images, labels, n, prefixes="0016E5")) == 1
-    with pytest.raises(ValueError, match="prefixes: no file .*'0007'"): D.index_maps(images, labels, n, prefixes=("0007",))
+    with pytest.raises(ValueError, match="prefixes: no file .*'0007'"):
+        D.index_maps(images, labels, n, prefixes=("0007",))
 
 
 def test_index_maps_say_what_is_wrong(tmp_path):
@@ -457,7 +485,8 @@ def test_coco_polygons(tmp_path):
     assert (m == 2).sum() == 8 and (m == 1).sum() == 192 and D.label_names(ds) == ["background", "big", "small"]
     for bad in ("7 0 0 1 0 1 1", "0 0 0 1", "x 0 0", "0 0 0 1 0 1 1 1"):
         (tmp_path / "p/a.txt").write_text(bad)
-        with pytest.raises(ValueError, match="polygons"): D.coco_polygons(tmp_path / "images", tmp_path / "p", ["big", "small"])
+        with pytest.raises(ValueError, match="polygons"):
+            D.coco_polygons(tmp_path / "images", tmp_path / "p", ["big", "small"])
 
 
 def test_folds_cover_every_class_once():
@@ -474,7 +503,8 @@ def test_fss1000(tmp_path):
             picture(tmp_path / c / f"{i}.jpg", (3, 2))
             index_map(tmp_path / c / f"{i}.png", np.array([[[0] * 3, [130] * 3, [255] * 3]] * 2, np.uint8))
     ds = D.check_rows(D.fss1000(tmp_path), "referring")
-    assert len(ds) == 6 and ds[0]["expression"] == "ab wheel" and np.asarray(ds[0]["mask"]).tolist() == [[0, 255, 255]] * 2
+    assert len(ds) == 6 and ds[0]["expression"] == "ab wheel"
+    assert np.asarray(ds[0]["mask"]).tolist() == [[0, 255, 255]] * 2
     assert len(D.fss1000(tmp_path, ["abacus"])) == 3
     with pytest.raises(ValueError, match="classes: .'zebra'"): D.fss1000(tmp_path, ["zebra"])
     (tmp_path / "abacus/2.png").unlink()
@@ -501,7 +531,8 @@ def test_shards(tmp_path, ending, streaming):
     tar(tmp_path / "a.tar", 3, 0, ending), tar(tmp_path / "b.tar", 2, 3, ending)
     ds = D.check_rows(D.captions(tmp_path, streaming), "caption")
     rows = list(ds)
-    assert [r["caption"] for r in rows] == [f"scene {i}" for i in range(5)] and rows[4]["image"].getpixel((0, 0))[0] == 4
+    assert [r["caption"] for r in rows] == [f"scene {i}" for i in range(5)]
+    assert rows[4]["image"].getpixel((0, 0))[0] == 4
     assert len(list(D.captions(tmp_path / "b.tar", streaming))) == 2
     if streaming: assert ds.n_shards == 2
 
@@ -528,7 +559,8 @@ def test_tables_and_folders(tmp_path):
         w.writerow(["file_name", "caption"])
         for i in range(3): w.writerow([f"{i}.jpg", f"scene, {i}"])
     assert D.captions(photos)["caption"][1] == "scene, 1"
-    (photos / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.jpg", "caption": t}) + "\n" for i, t in enumerate(want)))
+    lines = [json.dumps({"file_name": f"{i}.jpg", "caption": t}) for i, t in enumerate(want)]
+    (photos / "metadata.jsonl").write_text("\n".join(lines))
     assert D.captions(photos)["caption"][:] == want
     stream = D.captions(photos / "metadata.jsonl", streaming=True)
     assert stream.n_shards == 3 and [r["caption"] for r in D.check_rows(stream, "caption")] == want
@@ -573,7 +605,8 @@ def test_real_coco():
     files = [Path(p["path"]).name for p in ours.cast_column("image", datasets.Image(decode=False))["image"]]
     assert all(sorted(r["tags"]) == sorted(tags[f]) for r, f in zip(D.tag_rows(ours), files))
     with pytest.warns(UserWarning, match="left out"): drawn = D.coco_polygons(root / "images", root / "polygons")
-    where = {Path(p["path"]).name: i for i, p in enumerate(drawn.cast_column("image", datasets.Image(decode=False))["image"])}
+    paths = drawn.cast_column("image", datasets.Image(decode=False))["image"]
+    where = {Path(p["path"]).name: i for i, p in enumerate(paths)}
     agree = [(np.asarray(drawn[where[f]]["label_map"]) == np.asarray(ours[i]["label_map"])).mean()
              for i, f in list(enumerate(files))[:30] if f in where]
     assert min(agree) > .98  # the given maps were drawn by another tool: outlines differ by a pixel
@@ -586,4 +619,5 @@ def test_real_voc():
 
 def test_real_refcoco_expressions():
     ds = D.box_expressions(real("refcoco/refcoco_unc_val.jsonl"))
-    assert len(ds) == 10834 and len(set(ds["file_name"])) == 1500 and ds[0]["expression"] == "man on right"
+    assert len(ds) == 10834 and len(set(ds["file_name"])) == 1500 and ds.column_names[1] == "expression"
+    assert all(b[2] > b[0] and b[3] > b[1] for b in ds["box"])

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
-from lsbook.losses import (binary_cross_entropy, box_loss, dice_loss, focal_loss, gather, in_float32, info_nce, mask_loss,
-                           pixel_cross_entropy, tag_loss)
+from lsbook.losses import (binary_cross_entropy, box_loss, dice_loss, focal_loss, gather, in_float32, info_nce,
+                           mask_loss, pixel_cross_entropy, tag_loss)
 
 MASK_LOSSES = [binary_cross_entropy, dice_loss, focal_loss, mask_loss]
 
@@ -46,7 +46,8 @@ def test_mask_losses_gradients_and_extremes(loss):
     (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), ValueError, r"mask.*\(2, 1, 4, 4\).*\(2, 4, 4\)"),
     (torch.zeros(4), torch.zeros(4, 1), ValueError, "mask"), (torch.tensor(1.), torch.tensor(1.), ValueError, "mask"),
     (torch.zeros(2, 0), torch.zeros(2, 0), ValueError, "empty"), ([1.], torch.zeros(1), TypeError, "logits.*list"),
-    (torch.zeros(1), None, TypeError, "mask.*NoneType"), (torch.zeros(2, dtype=torch.long), torch.zeros(2), TypeError, "int64")])
+    (torch.zeros(1), None, TypeError, "mask.*NoneType"),
+    (torch.zeros(2, dtype=torch.long), torch.zeros(2), TypeError, "int64")])
 def test_bad_masks(loss, x, y, error, words):
     with pytest.raises(error, match=words): loss(x, y)
 
@@ -89,9 +90,9 @@ def test_pixel_cross_entropy_agrees_with_torch(dtype):
     assert torch.allclose(*(torch.autograd.grad(v, x)[0] for v in (ours, theirs)), atol=1e-7)
 
 
-@pytest.mark.parametrize("value", [0., float("inf")])
+@pytest.mark.parametrize("value", [0., 1e30])
 def test_pixel_cross_entropy_of_nothing(value):
-    x = torch.full((1, 3, 2, 2), value if value == 0 else 50., requires_grad=True)
+    x = torch.full((1, 3, 2, 2), value, requires_grad=True)
     loss = pixel_cross_entropy(x, torch.full((1, 2, 2), 255))
     loss.backward()
     assert loss == 0 and torch.equal(x.grad, torch.zeros_like(x))
@@ -113,7 +114,7 @@ def test_bad_label_maps(x, y, error, words):
 
 def test_info_nce_is_the_equation():
     a, b = torch.randn(2, 5, 8, dtype=torch.double)
-    c = 7 * torch.stack([torch.stack([torch.cosine_similarity(u, v, 0) for v in b]) for u in a]).exp().log()
+    c = 7 * torch.stack([torch.stack([torch.cosine_similarity(u, v, 0) for v in b]) for u in a])
     rows = sum(-torch.log(c[i, i].exp() / c[i].exp().sum()) for i in range(5)) / 5
     columns = sum(-torch.log(c[i, i].exp() / c[:, i].exp().sum()) for i in range(5)) / 5
     assert torch.isclose(info_nce(a, b, 7), (rows + columns) / 2)
@@ -129,8 +130,8 @@ def test_info_nce_edges():
     zero = torch.zeros(2, 4, requires_grad=True)
     info_nce(zero, torch.randn(2, 4)).backward()
     assert zero.grad.isfinite().all()
-    for a, b in ((torch.zeros(2, 4), torch.zeros(3, 4)), (torch.zeros(4), torch.zeros(4)), (torch.zeros(0, 4), torch.zeros(0, 4))):
-        with pytest.raises(ValueError, match="a|b"): info_nce(a, b)
+    for one, other, name in (((2, 4), (3, 4), "b"), ((4,), (4,), "a"), ((0, 4), (0, 4), "a")):
+        with pytest.raises(ValueError, match=f"^{name}: want"): info_nce(torch.zeros(one), torch.zeros(other))
     with pytest.raises(TypeError, match="a: want a tensor, got str"): info_nce("image", "text")
 
 
@@ -149,10 +150,11 @@ def go(rank, world, file):
         a, b = (tower(x if mine is None else x[mine]) for x in (image, text.tanh()))
         loss = info_nce(a, b, scale)
         loss.backward()
-        found = [loss.detach(), tower.weight.grad, tower.bias.grad, scale.grad]
+        found = [loss.detach().clone(), tower.weight.grad, tower.bias.grad, scale.grad]
         if mine is not None:
             for g in found: dist.all_reduce(g); g /= world # what DistributedDataParallel does with gradients
-            with torch.autocast("cpu", torch.bfloat16): assert torch.isclose(info_nce(a.detach(), b.detach(), scale), loss)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.isclose(info_nce(a.detach(), b.detach(), scale), loss)
             try: gather(torch.zeros(2 + rank, 3))
             except ValueError as e: assert "[2, 3]" in str(e), e
             else: raise AssertionError("unequal batches went through")
@@ -184,7 +186,7 @@ def test_tag_loss_agrees_with_torch():
 
 
 def calls(device="cpu"):
-    x, y, z = (torch.randn(2, 4, 16, 16, device=device) for _ in range(3))
+    x, y, z = (torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(i)).to(device) for i in range(3))
     return {"bce": lambda c: binary_cross_entropy(c(x), y > 0), "dice": lambda c: dice_loss(c(x), y > 0),
             "focal": lambda c: focal_loss(c(x), y > 0), "tags": lambda c: tag_loss(c(x[:, :, 0, 0]), y[:, :, 0, 0] > 0),
             "pixels": lambda c: pixel_cross_entropy(c(x), (y[:, 0] > 0).long()),
@@ -194,7 +196,6 @@ def calls(device="cpu"):
 
 @pytest.mark.parametrize("name", calls())
 def test_float32_under_autocast(name):
-    torch.manual_seed(0)
     loss = calls()[name]
     plain = loss(lambda v: v)
     with torch.autocast("cpu", torch.bfloat16):
@@ -211,10 +212,6 @@ def test_in_float32_keeps_names_and_defaults():
 @pytest.mark.parametrize("name", calls())
 def test_same_numbers_on_a_gpu(name):
     if not torch.cuda.is_available(): pytest.skip("no GPU")
-    torch.manual_seed(0)
-    loss = calls()[name]
-    want, got = loss(lambda v: v), None
-    torch.manual_seed(0)
-    # the targets are made on the CPU in both cases; only the numbers' device differs
-    x = {k: f for k, f in calls("cpu").items()}[name]
-    assert torch.isclose(want, x(lambda v: v))
+    want, got = calls()[name](lambda v: v), calls("cuda")[name](lambda v: v)
+    assert got.device.type == "cuda" and torch.isclose(got.cpu(), want, rtol=1e-4)
+    with torch.autocast("cuda", torch.bfloat16): assert torch.isclose(calls("cuda")[name](lambda v: v), got, rtol=1e-5)

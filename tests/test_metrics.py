@@ -12,7 +12,7 @@ from lsbook.metrics import ConfusionMatrix, MaskMeter, _to_size, box_iou, evalua
 
 RNG = np.random.default_rng(0)
 
-# torchmetrics, torchvision and datasets are imported by the tests that need them: the processes below load this file too
+# torchmetrics, torchvision and datasets are imported by the tests that need them: each process below loads this file
 
 
 def masks(n, size=24, p=.4, seed=0):
@@ -44,7 +44,8 @@ def test_mask_meter_against_plain_loops():
     I = [int(np.logical_and(p, t).sum()) for p, t in zip(pred.numpy(), truth.numpy())]
     U = [int(np.logical_or(p, t).sum()) for p, t in zip(pred.numpy(), truth.numpy())]
     each = np.array([i / u if u else 1 for i, u in zip(I, U)])
-    want = {"mIoU": each.mean(), "oIoU": sum(I) / sum(U)} | {f"Prec@{x}": (each >= x).mean() for x in (.5, .6, .7, .8, .9)}
+    want = {"mIoU": each.mean(), "oIoU": sum(I) / sum(U)}
+    want |= {f"Prec@{x}": (each >= x).mean() for x in (.5, .6, .7, .8, .9)}
     want |= {f"mIoU/{k}": each[[q == k for q in kinds]].mean() for k in "abc"}
     want["box Prec@0.5"] = (torchvision_box_iou(*boxes).diagonal() >= .5).double().mean().item()
     assert got.keys() == want.keys()
@@ -89,8 +90,10 @@ def test_a_missing_box_is_a_miss_and_a_missing_truth_is_left_out():
 @pytest.mark.parametrize("args, what", [
     ((torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.bool)), "pred: .*threshold"),
     ((np.zeros((4, 4), int), np.zeros((4, 4))), "target: .*threshold"),
-    ((np.zeros((4, 4), int), np.zeros((4, 5), int)), r"\(4, 4\) and \(4, 5\)"), ((np.zeros(4, int), np.zeros(4, int)), "shape"),
-    ((np.zeros((4, 4), int),) * 2 + ([0, 0, 1], [0, 0, 1, 1]), "pred_box"), ((np.zeros((4, 4), int),) * 2 + (None, [0, 0, 1]), "box"),
+    ((np.zeros((4, 4), int), np.zeros((4, 5), int)), r"\(4, 4\) and \(4, 5\)"),
+    ((np.zeros(4, int), np.zeros(4, int)), "shape"),
+    ((np.zeros((4, 4), int),) * 2 + ([0, 0, 1], [0, 0, 1, 1]), "pred_box"),
+    ((np.zeros((4, 4), int),) * 2 + (None, [0, 0, 1]), "box"),
     ((np.zeros((2, 4, 4), int),) * 2 + (None, None, ["a"]), "kind")])
 def test_bad_pairs(args, what):
     meter = MaskMeter()
@@ -184,13 +187,15 @@ def test_evaluate_takes_lists_and_data_sets_alike():
     want = evaluate(model, rows, batch_size=4)
     assert model.calls == [4, 4, 3] and model.modes == [False] * 3 and model.training
     features = datasets.Features(image=datasets.Image(), mask=datasets.Image(), expression=datasets.Value("string"),
-                                 box=datasets.Sequence(datasets.Value("float32"), length=4), kind=datasets.Value("string"))
+                                 box=datasets.Sequence(datasets.Value("float32"), length=4),
+                                 kind=datasets.Value("string"))
     ds = datasets.Dataset.from_list(rows, features=features)
     assert evaluate(model, ds, batch_size=3) == want and evaluate(model, ds.to_iterable_dataset(), batch_size=5) == want
     assert want["box Prec@0.5"] == pytest.approx(7 / 11) and {"mIoU/x", "mIoU/y"} <= want.keys()
     fixed = evaluate(model, rows, size=30)
     assert fixed["mIoU"] == pytest.approx(want["mIoU"], abs=.05) and fixed["oIoU"] != want["oIoU"]
-    assert not any("/" in k for k in evaluate(model.train(False), referring_rows(3, kind=False)[1])) and not model.training
+    assert not any("/" in k for k in evaluate(model.train(False), referring_rows(3, kind=False)[1]))
+    assert not model.training
 
 
 def semantic_rows(n, names):
@@ -210,7 +215,8 @@ def test_evaluate_label_maps_seen_and_unseen():
     for labels in (["a", "b"], ("b", "a", "elsewhere")):
         model.config = SimpleNamespace(labels=labels)
         got = evaluate(model, rows, names=names)
-        assert got["mIoU/seen"] == pytest.approx((got["IoU/a"] + got["IoU/b"]) / 2) and got["mIoU/unseen"] == got["IoU/c"]
+        assert got["mIoU/seen"] == pytest.approx((got["IoU/a"] + got["IoU/b"]) / 2)
+        assert got["mIoU/unseen"] == got["IoU/c"]
     for labels in (names, [], None):
         model.config = SimpleNamespace(labels=labels)
         assert evaluate(model, rows, names=names).keys() == plain.keys()

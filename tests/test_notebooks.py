@@ -23,7 +23,7 @@ DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([^\s:]+)\s*:?\s*(.*?)\s*$", re.M)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 MEASURED = re.compile(r"\d[\d.,]*\s*(?:ns|us|µs|μs|ms|s|sec|seconds?|min|minutes?|[KMG]i?B|bytes|\w*/s|x|×|times)(?!\w)")
-ADDRESS = re.compile(r"0x[0-9a-f]+|(?<=#L)\d+(-L\d+)?")
+ADDRESS = re.compile(r"( at)? ?0x[0-9A-Fa-f]+|(?<=#L)\d+(-L\d+)?")  # nbdev_clean drops the " at 0x..." of an object
 
 
 def read(name):
@@ -53,7 +53,7 @@ def texts(cell):
 
 
 def words_and_numbers(text):
-    text = MEASURED.sub("<measured>", ADDRESS.sub("<address>", ANSI.sub("", text)))
+    text = MEASURED.sub("<measured>", ADDRESS.sub("", ANSI.sub("", text)))
     numbers = [float(n.replace(",", "")) for n in NUMBER.findall(text)]
     return re.sub(r"\s+", "", NUMBER.sub("<n>", text)), numbers
 
@@ -74,6 +74,7 @@ def test_difference_sees_what_it_should():
     assert difference("mIoU 0.83", "oIoU 0.83") == "the words differ"
     assert difference("mIoU 0.83", "mIoU 0.12") == "0.83 was saved, now it is 0.12"
     assert difference("tensor([1., 2.])", "tensor([1., 2., 3.])") == "the words differ"
+    assert difference("<Image size=64x64>", "<Image size=64x64 at 0x7F83F5A62F10>") is None
     assert difference("1,024 pixels", "4 pixels") == "1024 was saved, now it is 4"
 
 

@@ -1,5 +1,6 @@
-"""The interface of all methods, on two tiny ones: sizes and the way back, batches, Encoded, results, and models on disk."""
+"""The interface of all methods, on two tiny ones: sizes, the way back, batches, Encoded, results, models on disk."""
 import copy
+import io
 import json
 import pickle
 import re
@@ -58,7 +59,7 @@ class Toy(S.SemanticSegmenter):
 
 class Finder(S.ReferringSegmenter):
     """The heat is the red channel for "red", the green one otherwise; the network's input is the image itself."""
-    method, stride, mean, std = "finder", 8, (0, 0, 0), (1, 1, 1)
+    method, stride = "finder", 8
 
     def __init__(self, config: ToyConfig, own_box=False):
         super().__init__()
@@ -70,7 +71,7 @@ class Finder(S.ReferringSegmenter):
         return {"rgb": pixel_values * self.weight, "sum": (pixel_values.sum(1),)}
 
     def heatmaps(self, encoded, texts):
-        maps = [self.restore(e.features["rgb"]["red" not in t], e) for e, t in zip(encoded, texts)]
+        maps = [self.restore(e.features["rgb"][int("red" not in t)], e) for e, t in zip(encoded, texts)]
         return maps, [(0, 0, 1.5, 2)] * len(maps) if self.own_box else None
 
 
@@ -138,8 +139,7 @@ def test_a_list_gives_what_single_images_give(toy):
             assert (toy.segment(one, LABELS).label_map == many.label_map).all()
     toy.passes.clear()
     toy.encode_image(images, batch_size=4)
-    assert toy.passes == [(4, 3, 48, 48), (1, 3, 48, 48), (2, 3, 16, 48), (1, 3, 48, 48)] or len(toy.passes) == 3
-    assert max(p[0] for p in toy.passes) <= 4
+    assert toy.passes == [(4, 3, 48, 48), (2, 3, 48, 48), (2, 3, 16, 48)]
 
 
 def test_a_tensor_batch_is_a_list(toy):
@@ -198,8 +198,9 @@ def test_encoded_of_another_model_is_refused(toy):
 
 def test_many_labels_need_more_than_a_byte(toy):
     names = [f"label {i}" for i in range(300)]
+    toy.label_map = lambda encoded, text: torch.arange(48 * 48).view(48, 48) % len(text)
     result = toy.segment(noise(48, 48), names)
-    assert result.label_map.dtype == np.int32 and result.label_map.max() > 255
+    assert result.label_map.dtype == np.int32 and result.mask_of("label 299").sum() == 7
     assert toy.segment(noise(48, 48), names[:255]).label_map.dtype == np.uint8
 
 
@@ -219,7 +220,8 @@ def test_referring_pairs():
     finder, image = Finder(ToyConfig(1, long_side=60)), red_square()
     one = finder.segment(image, "red")
     assert isinstance(one, S.MaskResult) and one.box == (30, 10, 45, 20) and one.mask.sum() == 150 and one.score == 1
-    assert one.heatmap.dtype == np.float32 and one.mask.dtype == bool and one.heatmap.shape == one.mask.shape == (40, 60)
+    assert one.heatmap.dtype == np.float32 and one.mask.dtype == bool
+    assert one.heatmap.shape == one.mask.shape == (40, 60)
     finder.passes.clear()
     many = finder.segment(image, ["red", "green", "red"], batch_size=2)
     assert [r.box for r in many] == [one.box, (5, 25, 10, 30), one.box] and len(finder.passes) == 1
@@ -272,7 +274,7 @@ def test_mask_result_saves(tmp_path):
 @pytest.mark.parametrize("h, w", [(1, 1), (2, 3000), (3000, 2), (900, 1200)])
 def test_pictures_of_odd_sizes(toy, h, w):
     result = toy.segment(noise(h, w), LABELS)
-    shown = Image.open(__import__("io").BytesIO(result._repr_png_()))
+    shown = Image.open(io.BytesIO(result._repr_png_()))
     assert max(shown.width, 260) <= 640 and min(shown.size) > 1
     S.MaskResult(result.image, "x", result.label_map == 0, np.zeros((h, w), np.float32), (0, 0, w, h), .5).picture()
 
@@ -286,7 +288,8 @@ def test_words_in_pictures_are_plain(toy):
     S.MaskResult(result.image, names[1] * 40, mask, mask.astype(np.float32), None, 0.)._repr_png_()
 
 
-@pytest.mark.parametrize("path, error", [("no/such/out.png", FileNotFoundError), ("out.txt", ValueError), ("out", ValueError)])
+@pytest.mark.parametrize("path, error", [("no/such/out.png", FileNotFoundError), ("out.txt", ValueError),
+                                         ("out", ValueError)])
 def test_save_says_where_it_cannot(toy, tmp_path, path, error):
     with pytest.raises(error, match="path"):
         toy.segment(noise(8, 8), LABELS).save(tmp_path / path)
@@ -300,8 +303,8 @@ def same(a, b):
 
 
 def test_save_weights_and_load(toy, tmp_path):
-    path = S.save_weights(toy, tmp_path / "deep" / "toy.safetensors", seed=np.int64(3), metrics={"mIoU": np.float32(.5),
-                          "empty": float("nan")}, command="lsbook train", data=tmp_path)
+    path = S.save_weights(toy, tmp_path / "deep" / "toy.safetensors", seed=np.int64(3), command="lsbook train",
+                          data=tmp_path, metrics={"mIoU": np.float32(.5), "empty": float("nan")})
     state = torch.get_rng_state()
     for name in (path, str(path), path.parent):
         loaded = S.load(name)
@@ -317,10 +320,12 @@ def test_save_weights_and_load(toy, tmp_path):
 def test_half_storage_comes_back_in_the_models_type(toy, tmp_path):
     with torch.no_grad():
         toy.conv.bias[0] = 1e6                                           # beyond 16 bits: kept as it is
-    full, half = S.save_weights(toy, tmp_path / "a.safetensors"), S.save_weights(toy, tmp_path / "b.safetensors", half=True)
+    full = S.save_weights(toy, tmp_path / "a.safetensors")
+    half = S.save_weights(toy, tmp_path / "b.safetensors", half=True)
     loaded = S.load(half)
-    assert loaded.conv.weight.dtype == torch.float32 and loaded.count.dtype == torch.int64 and loaded.conv.bias[0] == 1e6
-    assert torch.allclose(loaded.conv.weight, toy.conv.weight, rtol=1e-3) and half.stat().st_size < full.stat().st_size
+    assert loaded.conv.weight.dtype == torch.float32 and loaded.count.dtype == torch.int64
+    assert torch.allclose(loaded.conv.weight, toy.conv.weight, rtol=1e-3) and loaded.conv.bias[0] == 1e6
+    assert half.stat().st_size < full.stat().st_size
 
 
 def test_pretrained_round_trip(toy, tmp_path):
@@ -358,7 +363,7 @@ def test_load_from_the_hub(toy, tmp_path, monkeypatch):
     asked = []
 
     def download(repo, name, **kw):
-        asked.append((repo, name, kw["revision"]))
+        asked.append((repo, name, kw.get("revision")))
         return str(tmp_path / name)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert same(S.load("me/toy", revision="v1"), toy) and same(Toy.from_pretrained("me/toy"), toy)
@@ -381,9 +386,10 @@ def test_on_a_gpu(toy, tmp_path):
 
 
 def test_import_is_light():
-    """Neither transformers nor open_clip, datasets, matplotlib, torchvision come along, and little time beyond torch's."""
-    code = ("import sys, time, torch; t = time.perf_counter(); import lsbook.segmenter; t = time.perf_counter() - t; "
-            "print(t, [m for m in ('transformers', 'open_clip', 'datasets', 'matplotlib', 'torchvision') if m in sys.modules])")
+    """No transformers, open_clip, datasets, matplotlib or torchvision, and little time beyond torch's."""
+    code = ("import sys, time, torch; t = time.process_time(); import lsbook.segmenter; t = time.process_time() - t; "
+            "heavy = {'transformers', 'open_clip', 'datasets', 'matplotlib', 'torchvision'}; "
+            "print(t, sorted(heavy & set(sys.modules)))")
     best = []
     for _ in range(3):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

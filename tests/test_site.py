@@ -117,13 +117,13 @@ def lost_links(name, nb, pages, folder):
             if re.match(r"(https?|mailto|data|attachment):", link):
                 continue
             path, _, anchor = unquote(link).partition("#")
-            if path.startswith("/"):
-                yield f"{link} is absolute and breaks where the site lives in a folder"
-                continue
-            target = normal(PurePosixPath(name).parent / path) if path else name
+            # Quarto reads a leading "/" as the root of the site, wherever that is
+            base = PurePosixPath() if path.startswith("/") else PurePosixPath(name).parent
+            target = normal(base / path.lstrip("/")) if path else name
             notebook = by_page.get(target, target)
             if notebook in pages:
-                if anchor and anchor.lower() not in anchors(pages[notebook][0]):
+                # a private name has no heading of its own: its link leads to the page
+                if anchor and anchor[0] != "_" and anchor.lower() not in anchors(pages[notebook][0]):
                     yield f"{link}: no such place in {notebook}"
             elif not (folder / target).is_file():
                 yield f"{link}: no such file"

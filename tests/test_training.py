@@ -201,7 +201,8 @@ def test_not_a_number_names_the_step(tmp_path):
 
 def test_two_processes_equal_one(tmp_path):
     "The same rows in the same order, half to each process: the averaged gradient, hence the weights, are those of one process."
-    accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+    # accelerate starts several processes with --multi_gpu alone; without GPUs they talk through gloo
+    accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
     got = launch(tmp_path, 0, "plain", before=accelerate)
     assert got.returncode == 0, got.stderr[-3000:]

@@ -4,11 +4,10 @@ import os, subprocess, sys
 import pytest
 import torch
 import torchvision
-from torch import nn
 
-from lsbook.vision import (Normalise, ResNetPyramid, SmallPyramid, ViTFeatures, check_images, conv_block, crop_to, load_into,
-                           map_sizes, pad_to, read_weights, receptive_field, resize_positions, resnet_weights, spatial_code,
-                           timm_vit)
+from lsbook.vision import (Normalise, ResNetPyramid, SmallPyramid, ViTFeatures, check_images, conv_block, crop_to,
+                           load_into, map_sizes, pad_to, read_weights, receptive_field, resize_positions,
+                           resnet_weights, spatial_code, timm_vit)
 
 TINY = dict(embed_dim=24, depth=3, num_heads=2, img_size=32)
 
@@ -26,7 +25,8 @@ def vit(): return ViTFeatures("vit_tiny_patch16_224", (0, 2), **TINY).eval()
 def test_small_pyramid_sizes(size, levels):
     model = SmallPyramid(width=4, levels=levels).eval()
     maps = model(torch.rand(1, 3, *size))
-    assert [tuple(m.shape) for m in maps] == [(1, c, size[0] // s, size[1] // s) for c, s in zip(model.channels, model.strides)]
+    want = [(1, c, size[0] // s, size[1] // s) for c, s in zip(model.channels, model.strides)]
+    assert [tuple(m.shape) for m in maps] == want
     assert [(r["height"], r["width"]) for r in map_sizes(model, size)] == [tuple(m.shape[2:]) for m in maps]
 
 
@@ -123,8 +123,10 @@ def test_bad_sizes():
 
 
 @pytest.mark.parametrize("x, error, words", [
-    (None, TypeError, "NoneType"), ([1], TypeError, "list"), (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, "255"),
-    (torch.zeros(1, 1, 16, 16), ValueError, r"\(1, 1, 16, 16\)"), (torch.zeros(3, 16, 16), ValueError, r"\(3, 16, 16\)"),
+    (None, TypeError, "NoneType"), ([1], TypeError, "list"),
+    (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), TypeError, "255"),
+    (torch.zeros(1, 1, 16, 16), ValueError, r"\(1, 1, 16, 16\)"),
+    (torch.zeros(3, 16, 16), ValueError, r"\(3, 16, 16\)"),
     (torch.zeros(0, 3, 16, 16), ValueError, r"\(0, 3"), (torch.zeros(1, 3, 16, 17), ValueError, "16 x 17")])
 def test_bad_images(x, error, words, vit, resnet):
     for model in (SmallPyramid(width=4), vit, resnet):
@@ -164,8 +166,8 @@ def test_bad_checkpoints(tmp_path, monkeypatch):
     for i, thing in enumerate((torch.zeros(2), {}, {"a": 1}, [torch.zeros(1)])):
         torch.save(thing, f"{i}.pt")
         with pytest.raises(ValueError, match="no dictionary of tensors"): read_weights(f"{i}.pt")
-    with pytest.raises(ValueError, match="1 of another shape .*0.weight"):
-        load_into(conv_block(3, 4, 1), {k: v[:2] if k == "0.weight" else v for k, v in conv_block(3, 4, 1).state_dict().items()})
+    cut = {k: v[:2] if k == "0.weight" else v for k, v in conv_block(3, 4, 1).state_dict().items()}
+    with pytest.raises(ValueError, match="1 of another shape .*0.weight"): load_into(conv_block(3, 4, 1), cut)
 
 
 def test_safetensors(tmp_path):
