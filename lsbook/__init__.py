@@ -8,7 +8,6 @@ from importlib import import_module as _import_module
 __version__ = "0.1.0"
 
 _homes = {"load": "segmenter", "recipe": "training", "fit": "training", "evaluate": "metrics"}
-_modules = ("cli", "data", "losses", "lseg", "metrics", "scenes", "segmenter", "show", "text", "training", "vision")
 __all__ = ["__version__", *_homes]
 
 
@@ -17,10 +16,15 @@ def __getattr__(name):
         value = getattr(_import_module(f"{__name__}.{_homes[name]}"), name)
         globals()[name] = value
         return value
-    if name in _modules:
-        return _import_module(f"{__name__}.{name}")
+    if not name.startswith("_"):
+        try:
+            return _import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted({*globals(), *_homes, *_modules})
+    from pkgutil import iter_modules
+    return sorted({*globals(), *_homes, *(module.name for module in iter_modules(__path__))})

@@ -60,11 +60,12 @@ def memory() -> tuple:  # (total, available) in bytes; None where the system doe
     except OSError: pass
     return total, min(free, total)
 
-# %% ../nbs/10_cli.ipynb #63a12fbd
+# %% ../nbs/10_cli.ipynb #0d4f82d6
 def check_device() -> list:  # of (name, well?, what was found, what to do)
     "What lsbook computes on: device, cores, memory."
     try: import torch
-    except Exception as e: return [("device", False, f"torch does not import: {e}", "reinstall torch: https://pytorch.org/get-started")]
+    except Exception as e:
+        return [("device", False, f"torch does not import: {e}", "reinstall torch: https://pytorch.org/get-started")]
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         device = f"{len(names)} x {names[0]}" if len(set(names)) == 1 else ", ".join(names)
@@ -88,13 +89,13 @@ def check_weights() -> list:  # of (name, well?, what was found, what to do)
         except Exception as e: out.append((f"weights {method}", False, " ".join(str(e).split()), advice))
     return out
 
-# %% ../nbs/10_cli.ipynb #eddd4671
+# %% ../nbs/10_cli.ipynb #2f0ef429
 def doctor() -> int:  # 0, or 1 where something is to be repaired
     "Prints OK or FAIL for everything lsbook rests on, and what to do about each FAIL."
     version = platform.python_version()
     checks = [("python", sys.version_info >= (3, 10), version, "install Python 3.10 or newer")]
     if not needs():
-        checks.append(("lsbook", False, "its metadata is not installed", "pip install -e . in the folder with setup.py"))
+        checks.append(("lsbook", False, "its metadata is missing", "pip install -e . in the folder with setup.py"))
     checks += [check_package(n) for n in needs()]
     checks += check_device()
     try:
@@ -108,7 +109,7 @@ def doctor() -> int:  # 0, or 1 where something is to be repaired
     print(f"{bad} to repair" if bad else "all is well")
     return int(bad > 0)
 
-# %% ../nbs/10_cli.ipynb #b249f857
+# %% ../nbs/10_cli.ipynb #5781efd0
 def segment(
     method: str,     # a name in lsbook.segmenter.METHODS
     image: str,      # path of the picture
@@ -121,7 +122,9 @@ def segment(
     labels = _task(model) == "semantic"
     result = model.segment(image, [t.strip() for t in text.split(",")] if labels else text)
     for path in result.save(out): print(path)
-    if labels: shares = result.shares()
+    if labels:
+        found = result.shares()
+        shares = {t: found.get(t, 0.) for t in [*found, *(t for t in result.labels if t not in found)]}
     else:
         shares = {text: float(result.mask.mean())}
         print(f"box {result.box}, score {result.score:.3f}")
@@ -129,7 +132,7 @@ def segment(
     for name, share in shares.items(): print(f"{name:<{width}} {share:7.1%}")
     return 0
 
-# %% ../nbs/10_cli.ipynb #738686fb
+# %% ../nbs/10_cli.ipynb #272affe1
 def _task(model):
     "What a model is evaluated on: its class attribute `task`, else by what it takes."
     from lsbook.segmenter import SemanticSegmenter
@@ -140,7 +143,8 @@ def _model(method, weights=None):
     from lsbook.segmenter import load, method_class
     method_class(method)  # names the methods there are
     model = load(weights or method)
-    if model.method != method: raise ValueError(f"--weights: {weights} holds weights of {model.method!r}; wanted {method!r}")
+    if model.method != method:
+        raise ValueError(f"--weights: {weights} holds weights of {model.method!r}; wanted {method!r}")
     return model.to(_device())
 
 def _device():
@@ -160,11 +164,11 @@ def _short(metrics):
     "The metrics to print: without those of single labels."
     return {k: v for k, v in metrics.items() if not k.startswith("IoU/")}
 
-# %% ../nbs/10_cli.ipynb #6cd235a6
+# %% ../nbs/10_cli.ipynb #f4511c34
 def new_model(
     recipe,  # lsbook.training.Recipe
 ):  # a Segmenter with random weights
-    "The model a recipe speaks of, its weights drawn from the recipe's seed. `ValueError` for config fields there are not."
+    "The model a recipe speaks of, its weights drawn from the recipe's seed. `ValueError` for unknown config fields."
     import torch
     from lsbook import segmenter
     kind = segmenter.method_class(recipe.method)
@@ -173,7 +177,7 @@ def new_model(
     torch.manual_seed(recipe.seed)
     return kind(config)
 
-# %% ../nbs/10_cli.ipynb #c7244b32
+# %% ../nbs/10_cli.ipynb #d69882dc
 def train(
     method: str,         # a chapter with recipes
     out: str,            # folder for checkpoints, weights and card
@@ -184,7 +188,7 @@ def train(
     seed=None,           # instead of the recipe's
     command="",          # what was typed, for the card
 ) -> int:  # 0
-    """Trains a method by its recipe: data, model, `fit`, then `<out>/<method>.safetensors` and the card `<method>.json` beside it.
+    """Trains a method by its recipe: data, model, `fit`, then `<out>/<method>.safetensors` and its card `<method>.json`.
 
     In several processes each calls this; the first one prints and writes."""
     from lsbook import segmenter, training
@@ -197,12 +201,13 @@ def train(
     if first:
         n = sum(p.numel() for p in model.parameters() if p.requires_grad)
         count = f"{len(rows):,}" if hasattr(rows, "__len__") else "streamed"
-        print(f"{method}/{scale}: {n:,} parameters to train, {count} rows, {r.steps} steps of {r.batch_size}", flush=True)
+        print(f"{method}/{scale}: {n:,} parameters to train, {count} rows, {r.steps} steps of {r.batch_size}",
+              flush=True)
     got = training.fit(model, rows, valid, r, out=out, resume=resume)
     if first:
         path = segmenter.save_weights(
-            model, Path(out)/f"{method}.safetensors", recipe=r.as_dict(), seed=r.seed, data=str(root) if root else scale,
-            metrics=got.metrics, seconds=round(got.seconds, 1), command=command, versions=versions())
+            model, Path(out)/f"{method}.safetensors", recipe=r.as_dict(), seed=r.seed,
+            data=str(root) if root else "made by the recipe's rows", metrics=got.metrics, seconds=round(got.seconds, 1), command=command, versions=versions())
         for k, v in _short(got.metrics).items(): print(f"{k:<16} {v:.4f}")
         print(f"{path}\n{path.with_suffix('.json')}")
     return 0
@@ -219,7 +224,7 @@ def versions() -> dict:  # name -> version
     out["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else str(_device())
     return {**out, "processes": int(os.environ.get("WORLD_SIZE", 1))}
 
-# %% ../nbs/10_cli.ipynb #68480ee8
+# %% ../nbs/10_cli.ipynb #3c625a8e
 def evaluate(
     method: str,
     weights=None,    # file, folder or hub id; None: those shipped with lsbook
@@ -229,7 +234,7 @@ def evaluate(
     objects="plain", # kind of scenes
     json_file=None,  # where all the metrics go
 ) -> int:  # 0
-    "What a method scores on scenes: semantic rows for methods that take labels, referring rows for those that take an expression."
+    "What a method scores on scenes: semantic rows where it takes labels, referring rows where it takes an expression."
     from lsbook import metrics, scenes
     model = _model(method, weights)
     rows = scenes.rows(_task(model), n, split=split, size=size, objects=objects)
@@ -241,18 +246,19 @@ def evaluate(
         print(json_file)
     return 0
 
-# %% ../nbs/10_cli.ipynb #e8101e3a
+# %% ../nbs/10_cli.ipynb #7f031582
 def bench(
     method=None,     # only rows of this method; None: all
     json_file=None,  # where the rows go
 ) -> int:  # 0
-    """Measures speed and memory. A row is `name`, `ours`, `other` and `ratio` = other / ours, both from one run, in seconds or bytes.
+    """Measures speed and memory. A row is `name`, `ours`, `other` and `ratio` = other / ours.
 
-    The rows come from `lsbook.studio.speed.BENCHES`: name -> function that returns (ours, other)."""
+    Both are from one run, in seconds or bytes. The rows come from `lsbook.studio.speed.BENCHES`: name -> function that returns (ours, other)."""
     benches = importlib.import_module("lsbook.studio.speed").BENCHES
     chosen = {k: f for k, f in benches.items() if method is None or k.split("/")[0] == method}
     if not chosen:
-        raise ValueError(f"METHOD: nothing is measured for {method!r}; there are: {', '.join(dict.fromkeys(k.split('/')[0] for k in benches))}")
+        there = dict.fromkeys(k.split("/")[0] for k in benches)
+        raise ValueError(f"METHOD: nothing is measured for {method!r}; there are: {', '.join(there)}")
     rows = []
     for name, measure in chosen.items():
         ours, other = map(float, measure())

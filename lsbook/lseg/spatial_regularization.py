@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/lseg/02_spatial_regularization.ipynb #8e34b4ed
+# %% ../../nbs/lseg/02_spatial_regularization.ipynb #f7f2e28d
 class SpatialRegularization(nn.Module):
     """LSeg's regularisation block: one 3×3 kernel shared by all labels and all `depth` applications (10 parameters).
 
@@ -25,7 +25,10 @@ class SpatialRegularization(nn.Module):
             raise ValueError(f"kind: 'bottleneck' or 'depthwise' is wanted, got {kind!r}")
         if depth < 0: raise ValueError(f"depth: 0 or more applications are wanted, got {depth}")
         self.kind, self.depth = kind, depth
-        if depth: self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        if depth:
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+            nn.init.dirac_(self.conv.weight)     # start as a block that changes nothing
+            nn.init.zeros_(self.conv.bias)
 
     def block(self, logits, peak=None, last=False):
         "One application; `peak` (B, 1, h, w) is the maximum over all labels where `logits` holds only some of them."

@@ -1,0 +1,164 @@
+"The commands, called as a script would call them: exit codes, what is written, and one line for an error."
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lsbook import cli, scenes, segmenter, training
+from lsbook.segmenter import load, save_weights
+from lsbook.training import Recipe
+from test_training import Tiny, tiny
+
+
+def small_rows(root=None): return scenes.rows("semantic", 12), scenes.rows("semantic", 4, split="valid")
+
+
+RECIPE = Recipe("tiny", rows=small_rows, steps=4, batch_size=4, lr=1e-2, eval_every=2)
+
+
+@pytest.fixture
+def method(monkeypatch, tmp_path):
+    "A method called tiny, with a recipe, in an empty folder"
+    monkeypatch.setitem(segmenter.METHODS, "tiny", "test_training:Tiny")
+    monkeypatch.setattr(training, "recipe", lambda m, s="scenes": RECIPE if m == "tiny" else {}[m])
+    monkeypatch.chdir(tmp_path)
+    save_weights(tiny(), tmp_path / "tiny.safetensors")
+    Image.fromarray(scenes.scene(0).image).save(tmp_path / "scene.png")
+    return tmp_path
+
+
+def test_segment_writes_picture_and_label_map(method, capsys):
+    assert cli.main(["segment", "tiny", "scene.png", "grass, red circle,sand", "-o", "found.png", "--weights", "tiny.safetensors"]) == 0
+    said = capsys.readouterr().out
+    assert "found.png" in said and "found_labels.png" in said and re.search(r"red circle +\d+\.\d%", said)
+    assert sum(float(x) for x in re.findall(r"([\d.]+)%", said)) == pytest.approx(100, abs=.2)
+    labels = Image.open("found_labels.png")
+    expected = load("tiny.safetensors").segment("scene.png", ["grass", "red circle", "sand"]).label_map
+    assert np.array_equal(np.asarray(labels), expected) and json.loads(labels.text["labels"]) == ["grass", "red circle", "sand"]
+    assert Image.open("found.png").width >= 64
+
+
+@pytest.mark.parametrize("args, words", [
+    (["segment", "nope", "scene.png", "a"], "method: 'nope' is none of"),
+    (["segment", "tiny", "none.png", "grass", "--weights", "tiny.safetensors"], "none.png"),
+    (["segment", "tiny", "broken.png", "grass", "--weights", "tiny.safetensors"], "broken.png"),
+    (["segment", "tiny", "scene.png", "grass,,sand", "--weights", "tiny.safetensors"], "blank"),
+    (["segment", "tiny", "scene.png", "", "--weights", "tiny.safetensors"], "blank"),
+    (["segment", "tiny", "scene.png", "grass,grass", "--weights", "tiny.safetensors"], "twice"),
+    (["segment", "tiny", "scene.png", "grass", "--weights", "none.safetensors"], "none.safetensors"),
+    (["segment", "tiny", "scene.png", "grass", "--weights", "pickled.ckpt"], "pickled"),
+    (["segment", "tiny", "scene.png", "grass", "--weights", "tiny.safetensors", "-o", "no/such/out.png"], "no folder"),
+    (["segment", "tiny", "scene.png", "grass", "--weights", "tiny.safetensors", "-o", "out.txt"], "out.txt"),
+    (["segment", "lseg", "scene.png", "grass", "--weights", "tiny.safetensors"], "holds weights of 'tiny'; wanted 'lseg'"),
+    (["evaluate", "tiny", "--weights", "tiny.safetensors", "--objects", "cats"], "objects"),
+    (["train", "tiny", "--out", "scene.png"], "scene.png"),
+])
+def test_errors_are_one_line_and_exit_code_2(method, capsys, args, words):
+    Path("broken.png").write_bytes(Path("scene.png").read_bytes()[:200])
+    Path("pickled.ckpt").write_bytes(b"\x80\x04.")
+    assert cli.main(args) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.err.startswith(f"lsbook {args[0]}: ") and words in said.err
+    assert "Traceback" not in said.err
+
+
+def test_debug_shows_the_error_itself(method):
+    with pytest.raises(FileNotFoundError): cli.main(["--debug", "segment", "tiny", "none.png", "grass", "--weights", "tiny.safetensors"])
+
+
+@pytest.mark.parametrize("args", [[], ["nope"], ["train", "lseg"], ["train", "lseg", "--out", "x", "--steps", "0"],
+                                  ["train", "lseg", "--out", "x", "--steps", "few"], ["evaluate", "lseg", "--split", "all"]])
+def test_wrong_usage(args, capsys):
+    with pytest.raises(SystemExit) as e: cli.main(args)
+    assert e.value.code == 2 and "usage: lsbook" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["--help"], *([c, "--help"] for c in ("doctor", "segment", "train", "evaluate", "bench"))])
+def test_help(args, capsys):
+    with pytest.raises(SystemExit) as e: cli.main(args)
+    assert e.value.code == 0 and len(capsys.readouterr().out) > 100
+
+
+def test_train_writes_weights_and_card(method, capsys):
+    assert cli.main(["train", "tiny", "--out", "run", "--steps", "2", "--seed", "3"]) == 0
+    card = json.loads(Path("run/tiny.json").read_text())
+    assert card["method"] == "tiny" and card["seed"] == 3 == card["recipe"]["seed"] and card["recipe"]["steps"] == 2
+    assert card["command"] == "lsbook train tiny --out run --steps 2 --seed 3" and {"torch", "device", "processes"} <= set(card["versions"])
+    model = load("run")
+    assert isinstance(model, Tiny)
+    assert card["metrics"]["mIoU"] == pytest.approx(cli.importlib.import_module("lsbook.metrics").evaluate(model, small_rows()[1])["mIoU"])
+    assert cli.main(["train", "tiny", "--out", "run", "--steps", "2", "--seed", "3"]) == 2          # a run is there already
+    assert "resume" in capsys.readouterr().err
+    assert cli.main(["train", "tiny", "--out", "run", "--steps", "4", "--seed", "3", "--resume"]) == 0
+    assert "resuming from checkpoint-2" in capsys.readouterr().out
+    assert json.loads(Path("run/tiny.json").read_text())["recipe"]["steps"] == 4
+
+
+def test_same_command_same_weights(method):
+    for out in "ab": assert cli.main(["train", "tiny", "--out", out]) == 0
+    a, b = (load(out).state_dict() for out in "ab")
+    assert all((a[k] == b[k]).all() for k in a)
+
+
+def test_not_finite_and_interrupted(method, monkeypatch, capsys):
+    def raising(error):
+        def fit(*args, **kw): raise error
+        return fit
+    monkeypatch.setattr(training, "fit", raising(FloatingPointError("the loss is not a finite number at step 7")))
+    assert cli.main(["train", "tiny", "--out", "x"]) == 1 and "at step 7" in capsys.readouterr().err
+    monkeypatch.setattr(training, "fit", raising(KeyboardInterrupt("interrupted after step 7")))
+    assert cli.main(["train", "tiny", "--out", "x"]) == 130 and "after step 7" in capsys.readouterr().err
+
+
+def test_evaluate(method, capsys):
+    assert cli.main(["evaluate", "tiny", "--weights", "tiny.safetensors", "--n", "6", "--json", "got.json"]) == 0
+    got = json.loads(Path("got.json").read_text())       # strict JSON: labels that no scene has are null, not NaN
+    assert 0 <= got["metrics"]["mIoU"] <= 1 and None in got["metrics"].values()
+    said = capsys.readouterr().out
+    assert "mIoU" in said and "IoU/grass" not in said and "got.json" in said
+
+
+def test_bench(method, monkeypatch, capsys):
+    benches = {"tiny/a": lambda: (1., 20.), "tiny/b": lambda: (2, 3), "other/c": lambda: (1, 1)}
+    for name in ("lsbook.studio", "lsbook.studio.speed"): monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["lsbook.studio.speed"].BENCHES = benches
+    assert cli.main(["bench", "tiny", "--json", "rows.json"]) == 0
+    assert json.loads(Path("rows.json").read_text()) == [dict(name="tiny/a", ours=1., other=20., ratio=20.),
+                                                         dict(name="tiny/b", ours=2., other=3., ratio=1.5)]
+    assert cli.main(["bench", "nope"]) == 2 and "there are: tiny, other" in capsys.readouterr().err
+    assert cli.main(["bench"]) == 0 and "other/c" in capsys.readouterr().out
+
+
+def test_doctor(method, monkeypatch, capsys):
+    monkeypatch.setattr(segmenter, "METHODS", {"tiny": "test_training:Tiny"})
+    monkeypatch.setattr(cli, "needs", lambda: ["torch", "fastcore<1", "no-such-thing>=3", "tomli; python_version < '3.0'"])
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "OK   torch" in said and "FAIL fastcore" in said and 'pip install "fastcore<1"' in said and "FAIL no-such-thing" in said
+    assert "OK   tomli" in said and "FAIL weights tiny" in said and "lsbook train tiny" in said
+    assert all(re.search(f"OK +{word}", said) for word in ("device", "cores", "memory", "cache"))
+    monkeypatch.setattr(cli, "needs", lambda: ["torch"])
+    monkeypatch.setattr(segmenter, "METHODS", {})
+    assert cli.main(["doctor"]) == 0 and "all is well" in capsys.readouterr().out
+    monkeypatch.setattr(cli, "needs", lambda: [])
+    assert cli.main(["doctor"]) == 1 and "pip install -e ." in capsys.readouterr().out
+
+
+def test_the_installed_command_and_the_module_are_the_same():
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
+    got = subprocess.run([sys.executable, "-m", "lsbook.cli", "segment", "nope", "a", "b"], env=env, capture_output=True, text=True)
+    assert got.returncode == 2 and got.stderr.startswith("lsbook segment: method: 'nope'") and got.stderr.count("\n") == 1
+
+
+def test_help_is_quick():
+    "Nothing heavy is imported before a command needs it"
+    code = "import sys, lsbook.cli; lsbook.cli.parser(); print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == "[]"
