@@ -17,6 +17,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'lsbook.cli.doctor': ('cli.html#doctor', 'lsbook/cli.py'),
                             'lsbook.cli.evaluate': ('cli.html#evaluate', 'lsbook/cli.py'),
                             'lsbook.cli.main': ('cli.html#main', 'lsbook/cli.py'),
+                            'lsbook.cli.measure': ('cli.html#measure', 'lsbook/cli.py'),
                             'lsbook.cli.memory': ('cli.html#memory', 'lsbook/cli.py'),
                             'lsbook.cli.needs': ('cli.html#needs', 'lsbook/cli.py'),
                             'lsbook.cli.new_model': ('cli.html#new_model', 'lsbook/cli.py'),

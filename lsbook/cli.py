@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['needs', 'check_package', 'check_folder', 'memory', 'check_device', 'check_weights', 'doctor', 'segment', 'new_model',
-           'train', 'versions', 'evaluate', 'bench', 'parser', 'main']
+           'versions', 'train', 'evaluate', 'measure', 'bench', 'parser', 'main']
 
 # %% ../nbs/10_cli.ipynb #1daf3a6f
 import argparse, importlib, importlib.metadata, json, math, os, platform, re, shlex, sys, tempfile, typing
@@ -31,7 +31,7 @@ def check_package(
     good = want.specifier.contains(version, prereleases=True)
     return want.name, good, version + ("" if good else f", wanted {want.specifier}"), advice
 
-# %% ../nbs/10_cli.ipynb #8edec78e
+# %% ../nbs/10_cli.ipynb #eb227fa8
 def check_folder(
     path,  # the folder; made if it is not there
 ) -> tuple:  # (name, well?, what was found, what to do)
@@ -39,7 +39,7 @@ def check_folder(
     advice = "make it writable, or set HF_HOME to a folder that is"
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path): return "cache", True, str(path), advice
+        with tempfile.TemporaryFile(dir=path): return "cache", True, str(path).replace(str(Path.home()), "~"), advice
     except OSError as e: return "cache", False, f"{path}: {e.strerror or e}", advice
 
 # %% ../nbs/10_cli.ipynb #d5c239de
@@ -109,29 +109,6 @@ def doctor() -> int:  # 0, or 1 where something is to be repaired
     print(f"{bad} to repair" if bad else "all is well")
     return int(bad > 0)
 
-# %% ../nbs/10_cli.ipynb #5781efd0
-def segment(
-    method: str,     # a name in lsbook.segmenter.METHODS
-    image: str,      # path of the picture
-    text: str,       # labels between commas, or an expression where the method takes one
-    out: str,        # path of the picture to write
-    weights=None,    # file, folder or hub id; None: those shipped with lsbook
-) -> int:  # 0
-    "Segments a picture by words; writes the picture with the result over it and, beside it, the label map or the mask."
-    model = _model(method, weights)
-    labels = _task(model) == "semantic"
-    result = model.segment(image, [t.strip() for t in text.split(",")] if labels else text)
-    for path in result.save(out): print(path)
-    if labels:
-        found = result.shares()
-        shares = {t: found.get(t, 0.) for t in [*found, *(t for t in result.labels if t not in found)]}
-    else:
-        shares = {text: float(result.mask.mean())}
-        print(f"box {result.box}, score {result.score:.3f}")
-    width = max(map(len, shares))
-    for name, share in shares.items(): print(f"{name:<{width}} {share:7.1%}")
-    return 0
-
 # %% ../nbs/10_cli.ipynb #272affe1
 def _task(model):
     "What a model is evaluated on: its class attribute `task`, else by what it takes."
@@ -164,6 +141,32 @@ def _short(metrics):
     "The metrics to print: without those of single labels."
     return {k: v for k, v in metrics.items() if not k.startswith("IoU/")}
 
+# %% ../nbs/10_cli.ipynb #4bed9a38
+def segment(
+    method: str,     # a name in lsbook.segmenter.METHODS
+    image: str,      # path of the picture
+    text: str,       # labels between commas, or an expression where the method takes one
+    out: str,        # path of the picture to write
+    weights=None,    # file, folder or hub id; None: those shipped with lsbook
+) -> int:  # 0
+    "Segments a picture by words; writes the picture with the result over it and, beside it, the label map or the mask."
+    from lsbook.segmenter import method_class, to_image
+    method_class(method)        # the quick checks first: the method, the picture, and only then the weights
+    picture = to_image(image)
+    model = _model(method, weights)
+    labels = _task(model) == "semantic"
+    result = model.segment(picture, [t.strip() for t in text.split(",")] if labels else text)
+    for path in result.save(out): print(path)
+    if labels:
+        found = result.shares()
+        shares = {t: found.get(t, 0.) for t in [*found, *(t for t in result.labels if t not in found)]}
+    else:
+        shares = {text: float(result.mask.mean())}
+        print(f"box {result.box}, score {result.score:.3f}")
+    width = max(map(len, shares))
+    for name, share in shares.items(): print(f"{name:<{width}} {share:7.1%}")
+    return 0
+
 # %% ../nbs/10_cli.ipynb #f4511c34
 def new_model(
     recipe,  # lsbook.training.Recipe
@@ -177,7 +180,19 @@ def new_model(
     torch.manual_seed(recipe.seed)
     return kind(config)
 
-# %% ../nbs/10_cli.ipynb #d69882dc
+# %% ../nbs/10_cli.ipynb #2e9fffdb
+def versions() -> dict:  # name -> version
+    "What made a set of weights: Python, the packages that compute, the device and how many processes."
+    names = ("lsbook", "torch", "torchvision", "transformers", "accelerate")
+    out = dict(python=platform.python_version())
+    for n in names:
+        try: out[n] = importlib.metadata.version(n)
+        except importlib.metadata.PackageNotFoundError: pass
+    import torch
+    out["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else str(_device())
+    return {**out, "processes": int(os.environ.get("WORLD_SIZE", 1))}
+
+# %% ../nbs/10_cli.ipynb #c9b5c6d1
 def train(
     method: str,         # a chapter with recipes
     out: str,            # folder for checkpoints, weights and card
@@ -188,7 +203,7 @@ def train(
     seed=None,           # instead of the recipe's
     command="",          # what was typed, for the card
 ) -> int:  # 0
-    """Trains a method by its recipe: data, model, `fit`, then `<out>/<method>.safetensors` and its card `<method>.json`.
+    """Trains a method by its recipe: rows, model, `fit`, then `<out>/<method>.safetensors` and its card `.json`.
 
     In several processes each calls this; the first one prints and writes."""
     from lsbook import segmenter, training
@@ -207,22 +222,11 @@ def train(
     if first:
         path = segmenter.save_weights(
             model, Path(out)/f"{method}.safetensors", recipe=r.as_dict(), seed=r.seed,
-            data=str(root) if root else "made by the recipe's rows", metrics=got.metrics, seconds=round(got.seconds, 1), command=command, versions=versions())
+            data=str(root) if root else "made by the recipe's rows", metrics=got.metrics,
+            seconds=round(got.seconds, 1), command=command, versions=versions())
         for k, v in _short(got.metrics).items(): print(f"{k:<16} {v:.4f}")
         print(f"{path}\n{path.with_suffix('.json')}")
     return 0
-
-# %% ../nbs/10_cli.ipynb #2e9fffdb
-def versions() -> dict:  # name -> version
-    "What made a set of weights: Python, the packages that compute, the device and how many processes."
-    names = ("lsbook", "torch", "torchvision", "transformers", "accelerate")
-    out = dict(python=platform.python_version())
-    for n in names:
-        try: out[n] = importlib.metadata.version(n)
-        except importlib.metadata.PackageNotFoundError: pass
-    import torch
-    out["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else str(_device())
-    return {**out, "processes": int(os.environ.get("WORLD_SIZE", 1))}
 
 # %% ../nbs/10_cli.ipynb #3c625a8e
 def evaluate(
@@ -246,28 +250,43 @@ def evaluate(
         print(json_file)
     return 0
 
-# %% ../nbs/10_cli.ipynb #7f031582
-def bench(
-    method=None,     # only rows of this method; None: all
-    json_file=None,  # where the rows go
-) -> int:  # 0
-    """Measures speed and memory. A row is `name`, `ours`, `other` and `ratio` = other / ours.
-
-    Both are from one run, in seconds or bytes. The rows come from `lsbook.studio.speed.BENCHES`: name -> function that returns (ours, other)."""
-    benches = importlib.import_module("lsbook.studio.speed").BENCHES
+# %% ../nbs/10_cli.ipynb #bc37895f
+def measure(
+    benches: dict,  # name -> function that returns (ours, other), in seconds or bytes
+    method=None,    # only rows whose name begins with "<method>/"; None: all
+) -> list:  # of dicts: name, ours, other, ratio = other / ours
+    "Runs the measurements and prints a line for each. `ValueError` where none is of the method."
     chosen = {k: f for k, f in benches.items() if method is None or k.split("/")[0] == method}
     if not chosen:
         there = dict.fromkeys(k.split("/")[0] for k in benches)
         raise ValueError(f"METHOD: nothing is measured for {method!r}; there are: {', '.join(there)}")
     rows = []
-    for name, measure in chosen.items():
-        ours, other = map(float, measure())
+    for name, run in chosen.items():
+        ours, other = map(float, run())
         rows.append(dict(name=name, ours=ours, other=other, ratio=other / ours))
         print(f"{name:<28} ours {ours:.4g}  other {other:.4g}  ratio {other / ours:.2f}", flush=True)
+    return rows
+
+# %% ../nbs/10_cli.ipynb #3c15beea
+def bench(
+    method=None,     # only rows of this method; None: all
+    json_file=None,  # where the rows go
+) -> int:  # 0
+    "Measures speed and memory: `measure` of `lsbook.studio.speed.BENCHES`, where every chapter states its claims."
+    rows = measure(importlib.import_module("lsbook.studio.speed").BENCHES, method)
     if json_file:
         _write_json(json_file, rows)
         print(json_file)
     return 0
+
+# %% ../nbs/10_cli.ipynb #ae508d98
+def _count(text):
+    n = int(text)
+    if n < 1: raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, got {text}")
+    return n
+_count.__name__ = "whole number"
+
+def _weights(p): p.add_argument("--weights", metavar="PATH", help="file, folder or hub id (default: those shipped)")
 
 # %% ../nbs/10_cli.ipynb #fb0c523e
 def parser() -> argparse.ArgumentParser:
@@ -307,15 +326,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("method", metavar="METHOD", nargs="?", help="only this method")
     p.add_argument("--json", dest="json_file", metavar="FILE", help="write the rows")
     return top
-
-# %% ../nbs/10_cli.ipynb #ae508d98
-def _count(text):
-    n = int(text)
-    if n < 1: raise argparse.ArgumentTypeError(f"a whole number of at least 1 is wanted, got {text}")
-    return n
-_count.__name__ = "whole number"
-
-def _weights(p): p.add_argument("--weights", metavar="PATH", help="file, folder or hub id (default: those shipped)")
 
 # %% ../nbs/10_cli.ipynb #ad259d04
 def main(

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['SCALE', 'correlate', 'running_argmax']
 
-# %% ../../nbs/lseg/01_pixel_text.ipynb #20171039
+# %% ../../nbs/lseg/01_pixel_text.ipynb #2155231e
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from ..losses import in_float32
 
-# %% ../../nbs/lseg/01_pixel_text.ipynb #ae6350fd
+# %% ../../nbs/lseg/01_pixel_text.ipynb #0de66250
 SCALE = 1 / .07   # LSeg's fixed temperature t = 0.07: the logits are cosines times 14.29
 
+@in_float32
 def correlate(
     features: Tensor,      # (B, C, h, w) pixel embeddings; their length does not matter
     text: Tensor,          # (N, C) label embeddings, or (B, N, C) where each image has labels of its own
@@ -23,7 +25,7 @@ def correlate(
     LSeg (Li et al., ICLR 2022), Section 3, "Word-pixel correlation tensor". `ValueError` where the widths C differ."""
     if features.shape[1] != text.shape[-1]:
         raise ValueError(f"text: vectors of {features.shape[1]} channels are wanted, like the features', got {tuple(text.shape)}")
-    features, text = F.normalize(features.float(), dim=1), F.normalize(text.float(), dim=-1)
+    features, text = F.normalize(features, dim=1), F.normalize(text, dim=-1)
     return scale * torch.einsum("bchw,nc->bnhw" if text.ndim == 2 else "bchw,bnc->bnhw", features, text)
 
 # %% ../../nbs/lseg/01_pixel_text.ipynb #0155e717

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SpatialRegularization']
 
-# %% ../../nbs/lseg/02_spatial_regularization.ipynb #e538d835
+# %% ../../nbs/lseg/02_spatial_regularization.ipynb #003a29fe
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ..losses import in_float32
 
-# %% ../../nbs/lseg/02_spatial_regularization.ipynb #f7f2e28d
+# %% ../../nbs/lseg/02_spatial_regularization.ipynb #ec438231
 class SpatialRegularization(nn.Module):
     """LSeg's regularisation block: one 3×3 kernel shared by all labels and all `depth` applications (10 parameters).
 
@@ -30,6 +31,7 @@ class SpatialRegularization(nn.Module):
             nn.init.dirac_(self.conv.weight)     # start as a block that changes nothing
             nn.init.zeros_(self.conv.bias)
 
+    @in_float32
     def block(self, logits, peak=None, last=False):
         "One application; `peak` (B, 1, h, w) is the maximum over all labels where `logits` holds only some of them."
         n = logits.shape[1]
