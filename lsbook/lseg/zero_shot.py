@@ -54,10 +54,10 @@ def parent_iou(
     for s in shown: matrix.update(model.segment(s.image, parents).label_map[None], parent[s.label_map][None])
     return matrix.compute()["mIoU"]
 
-# %% ../../nbs/lseg/05_zero_shot.ipynb #179fa758
+# %% ../../nbs/lseg/05_zero_shot.ipynb #a6c3d6ba
 def claims(
     path,                # JSON file of finished runs; those already in it are not run again
-    steps: int = 400,    # of each training
+    steps: int = 300,    # of each training
     seeds=(0, 1, 2),
     variants=tuple(VARIANTS),
 ) -> list:               # the runs, each a dict that says what was measured and how it was made

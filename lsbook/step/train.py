@@ -11,7 +11,7 @@ from ..data import refer
 from ..text import Vocabulary, split_words
 from ..training import Recipe
 
-# %% ../../nbs/step/04_train.ipynb #2d137e4c
+# %% ../../nbs/step/04_train.ipynb #b1cad4e0
 class Expressions:
     """Scenes with several expressions each, drawn when they are asked for: rows whose `expression` and `mask` are lists.
 
@@ -34,7 +34,7 @@ class Expressions:
         random.shuffle(kinds)
         picked = [random.choice(found[kinds[k % len(kinds)]]) for k in range(self.each)]
         return dict(image=scene.image, expression=["the thing" if self.blank else text for text, _ in picked],
-                    mask=[scene.things[thing].mask for _, thing in picked])
+                    mask=[scene.things[thing].mask for _, thing in picked], label_map=scene.label_map)
 
 # %% ../../nbs/step/04_train.ipynb #41a3a9a6
 def scene_rows(root=None):
@@ -64,9 +64,9 @@ def refer_rows(
     rows.__qualname__ = f"refer_rows({name!r}, {split_by!r}, {train!r}).rows"
     return rows
 
-# %% ../../nbs/step/04_train.ipynb #678ff71f
+# %% ../../nbs/step/04_train.ipynb #a637eb3a
 small = dict(words=scenes.words(), vector=64, cell=64, backbone="small", width=24, context=48, norm=True, atrous=64, attention=64,
-             embed=128, folds=1, grid=2, maps=16, long_side=64, supervise="every", dice=.5, raw=1., order="deep", outer="logits")
+             embed=128, folds=1, grid=2, maps=16, long_side=64, supervise="every", dice=.5, raw=1., order="deep", outer="logits", labels=scenes.label_names())
 paper = dict(steps=700_000, batch_size=1, lr=2.5e-4, optimizer="adam", weight_decay=5e-4, schedule="polynomial", eval_every=20_000,
              config=dict(weights="COCO_WITH_VOC_LABELS_V1", frozen=True),
              notes="700,000 steps of Adam, 2.5e-4, polynomial 0.9, 320 pixels, 20 words: as printed. Weight decay 5e-4 as in the code of "
