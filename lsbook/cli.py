@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['needs', 'check_package', 'check_folder', 'memory', 'check_device', 'check_weights', 'doctor', 'segment', 'new_model',
-           'versions', 'train', 'evaluate', 'measure', 'bench', 'parser', 'main']
+           'versions', 'config_changes', 'train', 'evaluate', 'measure', 'bench', 'parser', 'main']
 
 # %% ../nbs/10_cli.ipynb #1daf3a6f
 import argparse, importlib, importlib.metadata, json, math, os, platform, re, shlex, sys, tempfile, typing
@@ -192,7 +192,20 @@ def versions() -> dict:  # name -> version
     out["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else str(_device())
     return {**out, "processes": int(os.environ.get("WORLD_SIZE", 1))}
 
-# %% ../nbs/10_cli.ipynb #c9b5c6d1
+# %% ../nbs/10_cli.ipynb #f392f1aa
+def config_changes(
+    changes,  # texts "field=value"
+) -> dict:    # field -> value: JSON where it is JSON (8, true, [1, 2]), else the text itself
+    "What `--set` says. `ValueError` for a text without `=`."
+    out = {}
+    for change in changes:
+        field, equals, value = change.partition("=")
+        if not equals or not field: raise ValueError(f"--set: FIELD=VALUE is wanted, got {change!r}")
+        try: out[field] = json.loads(value)
+        except ValueError: out[field] = value
+    return out
+
+# %% ../nbs/10_cli.ipynb #72ca8c07
 def train(
     method: str,         # a chapter with recipes
     out: str,            # folder for checkpoints, weights and card
@@ -201,17 +214,20 @@ def train(
     resume=False,        # go on from the newest checkpoint in out
     steps=None,          # instead of the recipe's
     seed=None,           # instead of the recipe's
+    changes=(),          # "field=value" texts: fields of the model's config instead of the recipe's
     command="",          # what was typed, for the card
 ) -> int:  # 0
     """Trains a method by its recipe: rows, model, `fit`, then `<out>/<method>.safetensors` and its card `.json`.
 
     In several processes each calls this; the first one prints and writes."""
-    from lsbook import segmenter, training
+    from lsbook import metrics, scenes, segmenter, training
+    from lsbook.data import label_names
     r = training.recipe(method, scale)
-    r = r.replace(**{k: v for k, v in dict(steps=steps, seed=seed).items() if v is not None})
+    r = r.replace(config=r.config | config_changes(changes), **{k: v for k, v in dict(steps=steps, seed=seed).items() if v is not None})
     if r.rows is None: raise ValueError(f"--scale: the recipe {method}/{scale} names no data")
     rows, valid = r.rows(root)
     model = new_model(r)
+    if getattr(model.config, "labels", None) == []: model.config.labels = label_names(rows)   # a recipe for any label set
     first = int(os.environ.get("RANK", 0)) == 0
     if first:
         n = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -220,11 +236,14 @@ def train(
               flush=True)
     got = training.fit(model, rows, valid, r, out=out, resume=resume)
     if first:
+        scores, measured_on = got.metrics, "the recipe's validation rows"
+        if scale == "scenes":   # the card of a model for scenes holds what `lsbook evaluate` would print
+            scores, measured_on = metrics.evaluate(model, scenes.rows(model.task, 500, split="test")), "500 test scenes"
         path = segmenter.save_weights(
             model, Path(out)/f"{method}.safetensors", recipe=r.as_dict(), seed=r.seed,
-            data=str(root) if root else "made by the recipe's rows", metrics=got.metrics,
+            data=r.as_dict()["rows"], metrics=scores, measured_on=measured_on,
             seconds=round(got.seconds, 1), command=command, versions=versions())
-        for k, v in _short(got.metrics).items(): print(f"{k:<16} {v:.4f}")
+        for k, v in _short(scores).items(): print(f"{k:<16} {v:.4f}")
         print(f"{path}\n{path.with_suffix('.json')}")
     return 0
 
@@ -288,7 +307,7 @@ _count.__name__ = "whole number"
 
 def _weights(p): p.add_argument("--weights", metavar="PATH", help="file, folder or hub id (default: those shipped)")
 
-# %% ../nbs/10_cli.ipynb #fb0c523e
+# %% ../nbs/10_cli.ipynb #93b3212e
 def parser() -> argparse.ArgumentParser:
     "All commands and their options."
     from lsbook import __version__
@@ -315,6 +334,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in DIR")
     p.add_argument("--steps", type=_count, metavar="N", help="instead of the recipe's")
     p.add_argument("--seed", type=int, metavar="N", help="instead of the recipe's")
+    p.add_argument("--set", dest="changes", metavar="FIELD=VALUE", action="append", default=[],
+                   help="a field of the model's config instead of the recipe's; may be given again")
     p = command("evaluate", evaluate, "Score a method on scenes.")
     _weights(p)
     p.add_argument("--n", type=_count, default=500, metavar="N", help="scenes (default: %(default)s)")

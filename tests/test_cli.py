@@ -93,7 +93,9 @@ def test_train_writes_weights_and_card(method, capsys):
     assert card["command"] == "lsbook train tiny --out run --steps 2 --seed 3" and {"torch", "device", "processes"} <= set(card["versions"])
     model = load("run")
     assert isinstance(model, Tiny)
-    assert card["metrics"]["mIoU"] == pytest.approx(cli.importlib.import_module("lsbook.metrics").evaluate(model, small_rows()[1])["mIoU"])
+    rows = cli.importlib.import_module("lsbook.scenes").rows("semantic", 500, split="test")           # the scale is "scenes"
+    assert card["measured_on"] == "500 test scenes"
+    assert card["metrics"]["mIoU"] == pytest.approx(cli.importlib.import_module("lsbook.metrics").evaluate(model, rows)["mIoU"], rel=1e-3)
     assert cli.main(["train", "tiny", "--out", "run", "--steps", "2", "--seed", "3"]) == 2          # a run is there already
     assert "resume" in capsys.readouterr().err
     assert cli.main(["train", "tiny", "--out", "run", "--steps", "4", "--seed", "3", "--resume"]) == 0
@@ -162,3 +164,10 @@ def test_help_is_quick():
     code = "import sys, lsbook.cli; lsbook.cli.parser(); print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_set_changes_the_config(method, capsys):
+    assert cli.main(["train", "tiny", "--out", "run", "--steps", "2", "--set", "nonsense"]) == 2
+    assert "FIELD=VALUE" in capsys.readouterr().err
+    assert cli.main(["train", "tiny", "--out", "run", "--steps", "2", "--set", "colour=red"]) == 2
+    assert "colour" in capsys.readouterr().err
