@@ -139,6 +139,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lsbook.lseg.train.fss_rows': ('lseg/train.html#fss_rows', 'lsbook/lseg/train.py'),
                                    'lsbook.lseg.train.only': ('lseg/train.html#only', 'lsbook/lseg/train.py'),
                                    'lsbook.lseg.train.scene_rows': ('lseg/train.html#scene_rows', 'lsbook/lseg/train.py'),
+                                   'lsbook.lseg.train.trained_classes': ('lseg/train.html#trained_classes', 'lsbook/lseg/train.py'),
                                    'lsbook.lseg.train.two_way': ('lseg/train.html#two_way', 'lsbook/lseg/train.py'),
                                    'lsbook.lseg.train.zero_shot': ('lseg/train.html#zero_shot', 'lsbook/lseg/train.py')},
             'lsbook.lseg.zero_shot': { 'lsbook.lseg.zero_shot.claims': ('lseg/zero_shot.html#claims', 'lsbook/lseg/zero_shot.py'),

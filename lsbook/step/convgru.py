@@ -7,7 +7,7 @@ __all__ = ['ConvGRU', 'level_of']
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/step/02_convgru.ipynb #a04c4a56
+# %% ../../nbs/step/02_convgru.ipynb #62d8c9f5
 class ConvGRU(nn.Module):
     """The recurrence through which the heatmaps refine each other: hidden maps h, one heatmap x a step.
 
@@ -16,7 +16,7 @@ class ConvGRU(nn.Module):
         h^ = tanh(R_h * (f . h) + W_h * x + b_h)       the reset comes before the recurrent convolution
         h' = z . h + (1 - z) . h^
 
-    R and W are slices of one kernel. (B, inputs, H, W) and (B, maps, H, W) -> (B, maps, H, W), in [-1, 1] for such an h.
+    R and W are slices of one kernel. (B, inputs, H, W) and (B, maps, H, W) -> (B, maps, H, W), in [-1, 1] as h is.
     STEP (Chen et al., ICCV 2019), top-down heatmap refinement; Ballas et al., ICLR 2016."""
     def __init__(self,
         maps: int = 32,      # hidden maps

@@ -11,11 +11,11 @@ from ..data import refer
 from ..text import Vocabulary, split_words
 from ..training import Recipe
 
-# %% ../../nbs/step/04_train.ipynb #b1cad4e0
+# %% ../../nbs/step/04_train.ipynb #0a92c5c8
 class Expressions:
-    """Scenes with several expressions each, drawn when they are asked for: rows whose `expression` and `mask` are lists.
+    """Scenes with several expressions each, drawn when asked for: rows whose `expression` and `mask` are lists.
 
-    Row i shows scene i; which of its expressions come is drawn anew each time (from Python's `random`, which `fit` seeds):
+    Row i shows scene i; which of its expressions come is drawn anew each time (by Python's `random`, seeded by `fit`):
     first the kind, then the expression, so that every kind comes equally often where the scene has it."""
     def __init__(self,
         n: int,              # scenes
@@ -50,37 +50,40 @@ def words_of(
     texts = rows["expression"] if hasattr(rows, "column_names") else [row["expression"] for row in rows]
     return Vocabulary.from_texts(list(texts), min_count).words
 
-# %% ../../nbs/step/04_train.ipynb #68e74fc4
+# %% ../../nbs/step/04_train.ipynb #0726fa13
 def refer_rows(
     name: str,                # "refcoco", "refcoco+", "refcocog" or "refclef" (ReferIt)
     split_by: str,            # "unc", "google" or "berkeley"
     train: tuple = ("train",) # splits to train on
 ):                            # a function root -> (training rows, validation rows), for a recipe
-    "Real rows in the official layout. ReferIt is trained on train and validation together, as the family of methods does."
+    "Real rows in the official layout. ReferIt is trained on train and validation, as the family of methods does."
     def rows(root):
         from datasets import concatenate_datasets
         if root is None: raise ValueError(f"root: the folder with {name}/ and images/ is wanted, got None")
-        return concatenate_datasets([refer(root, name, split_by, split) for split in train]), refer(root, name, split_by, "val")
+        read = lambda split: refer(root, name, split_by, split)
+        return concatenate_datasets([read(split) for split in train]), read("val")
     rows.__qualname__ = f"refer_rows({name!r}, {split_by!r}, {train!r}).rows"
     return rows
 
-# %% ../../nbs/step/04_train.ipynb #6d385c8b
-small = dict(words=scenes.words(), vector=64, cell=64, backbone="small", width=24, context=48, norm=True, atrous=64, attention=64,
-             embed=128, folds=1, grid=2, maps=16, long_side=64, supervise="every", dice=.5, raw=1., order="deep", outer="logits", dense=scenes.label_names())
-paper = dict(steps=700_000, batch_size=1, lr=2.5e-4, optimizer="adam", weight_decay=5e-4, schedule="polynomial", eval_every=20_000,
-             config=dict(weights="COCO_WITH_VOC_LABELS_V1", frozen=True),
-             notes="700,000 steps of Adam, 2.5e-4, polynomial 0.9, 320 pixels, 20 words: as printed. Weight decay 5e-4 as in the code of "
-                   "the same family; 0.005 is printed. Batch 1 and a frozen trunk: the family's code, the paper does not say. The "
-                   "trunk is torchvision's DeepLabV3, the paper's is DeepLab-101 v2. Give it `config | dict(words=words_of(train), "
-                   "glove='glove.840B.300d.txt')`.")
+# %% ../../nbs/step/04_train.ipynb #e9dbc587
+small = dict(words=scenes.words(), vector=64, cell=64, backbone="small", width=24, context=48, norm=True, atrous=64,
+    attention=64, embed=128, folds=1, order="deep", grid=2, maps=16, outer="logits", supervise="every", dice=.5, raw=1.,
+    dense=scenes.label_names(), long_side=64)
+paper = dict(steps=700_000, batch_size=1, lr=2.5e-4, optimizer="adam", weight_decay=5e-4, schedule="polynomial",
+    eval_every=20_000, config=dict(weights="COCO_WITH_VOC_LABELS_V1", frozen=True),
+    notes="700,000 steps of Adam, 2.5e-4, polynomial 0.9, 320 pixels, 20 words: as printed. Weight decay "
+          "5e-4 as in the code of the same family; 0.005 is printed. Batch 1 and a frozen trunk: the "
+          "family's code, the paper does not say. The trunk is torchvision's DeepLabV3, the paper's is "
+          "DeepLab-101 v2. Give it `config | dict(words=words_of(train), glove='glove.840B.300d.txt')`.")
 
 RECIPES = {
-    "scenes": Recipe("step", "scenes", rows=scene_rows, steps=2400, batch_size=16, lr=3e-3, weight_decay=.01, warmup=150, clip=1.,
-        lr_scale={"gru": 3., "head": 10.}, precision="bf16", eval_every=400, config=small,
-        notes="The book's own: one fold, from the deepest of four maps to the finest. Deviations from the paper: AdamW and cosine; maps "
-              "that know their surroundings (`context`), batch normalisation (`norm`); dice beside cross-entropy (`dice`), every P_t "
-              "supervised (`supervise`) and the raw heatmaps too (`raw`); the backbone, which the paper takes trained on the label "
-              "maps of VOC, learns the label maps of the scenes beside the expressions (`dense`)."),
+    "scenes": Recipe("step", "scenes", rows=scene_rows, steps=2400, batch_size=16, lr=3e-3, weight_decay=.01,
+        warmup=150, clip=1., lr_scale={"gru": 3., "head": 10.}, precision="bf16", eval_every=400, config=small,
+        notes="The book's own: one fold, from the deepest of four maps to the finest. Deviations from the "
+              "paper: AdamW and cosine; maps that know their surroundings (`context`), batch normalisation"
+              " (`norm`); dice beside cross-entropy (`dice`), every P_t supervised (`supervise`) and the "
+              "raw heatmaps too (`raw`); the backbone, which the paper takes trained on the label maps of "
+              "VOC, learns the label maps of the scenes beside the expressions (`dense`)."),
     "paper": Recipe("step", "paper", rows=refer_rows("refcoco", "unc"), **paper),
     "refcoco+": Recipe("step", "refcoco+", rows=refer_rows("refcoco+", "unc"), **paper),
     "refcocog": Recipe("step", "refcocog", rows=refer_rows("refcocog", "google"), **paper),
