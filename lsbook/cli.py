@@ -348,7 +348,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", dest="json_file", metavar="FILE", help="write the rows")
     return top
 
-# %% ../nbs/10_cli.ipynb #ad259d04
+# %% ../nbs/10_cli.ipynb #6ae772b2
 def main(
     argv=None,  # list of str; None: what was typed
 ) -> int:  # exit code
@@ -362,6 +362,8 @@ def main(
         if debug: raise
         code = 130 if isinstance(e, KeyboardInterrupt) else 1 if isinstance(e, FloatingPointError) else 2
         text = str(e) or type(e).__name__
+        text = re.sub(r"fit\(.*resume=True\)", "the same command with --resume", text)  # in a shell's words
+        text = text.replace("pass resume=True", "add --resume")
     print(f"lsbook {name}: {' '.join(text.split())}", file=sys.stderr)
     return code
 

@@ -399,7 +399,7 @@ def _paint(window, thing, parts, x, y, mask, u, size):
             fill = fill + edge * (np.array(DARK, np.float32) - fill)
         window += np.clip(.5 - d, 0, 1) * (fill - window)
 
-# %% ../nbs/01_scenes.ipynb #42d7ba35
+# %% ../nbs/01_scenes.ipynb #aa414951
 @dataclass(eq=False, repr=False)
 class Scene:
     "One picture and everything that can be said about it."
@@ -412,7 +412,7 @@ class Scene:
     wording: list  # 16 numbers in [0, 1) that choose among equally right words
 
     @property
-    def caption(self) -> str:  # "a large red circle and two blue stars on grass"
+    def caption(self) -> str:  # "a red circle and two blue stars on grass"
         "A sentence that names every thing and every background."
         return _caption(self)
 
@@ -753,7 +753,7 @@ def _dataset(task, made, names):
     table = {key: [row[key] for row in made] for key in columns}
     return with_names(datasets.Dataset.from_dict(table, features=columns), names)
 
-# %% ../nbs/01_scenes.ipynb #c33f856d
+# %% ../nbs/01_scenes.ipynb #9c040c49
 def rows(
     task: str,  # "referring", "semantic", "caption" or "tags"
     n: int,  # number of rows
@@ -768,7 +768,7 @@ def rows(
     """Scenes as a `datasets.Dataset` held in memory, in the row schema of the task; row i shows scene i.
 
     Referring rows hold one expression each and have a further column `kind`, caption rows a column `nouns`. The kinds
-    are spread as evenly as the scenes allow; a scene without an expression of the wanted kinds is passed over. Label
+    come in the shares of `WANTED` as far as the scenes allow; a scene without an expression of the wanted kinds is passed over. Label
     names travel with the rows (`lsbook.data.label_names`). `ValueError` and `TypeError` name the argument."""
     _one_of("task", task, ("referring", "semantic", "caption", "tags"))
     kinds = _kinds(kinds, task)

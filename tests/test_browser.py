@@ -112,11 +112,14 @@ def wait_until_idle(page):
 
 def run_all_cells(page):
     """Run > Run All Cells, asked again where the page was drawn but its kernel was not listening yet."""
-    wait_for(page, STATE, lambda s: s["kernel"] == "idle")
     from playwright.sync_api import TimeoutError
-    for _ in range(10):
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        page.wait_for_timeout(500)
         for dialog in page.locator(".jp-Dialog").all():  # "Select Kernel", where the page came before the list of kernels
             dialog.locator(".jp-mod-accept").click()
+        if (state := page.evaluate(STATE))["kernel"] != "idle":
+            continue
         try:
             page.click(".lm-MenuBar-itemLabel:text-is('Run')", timeout=5_000)
             page.click(".lm-Menu-itemLabel:text-is('Run All Cells')", timeout=5_000)

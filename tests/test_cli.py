@@ -97,7 +97,7 @@ def test_train_writes_weights_and_card(method, capsys):
     assert card["measured_on"] == "500 test scenes"
     assert card["metrics"]["mIoU"] == pytest.approx(cli.importlib.import_module("lsbook.metrics").evaluate(model, rows)["mIoU"], rel=1e-3)
     assert cli.main(["train", "tiny", "--out", "run", "--steps", "2", "--seed", "3"]) == 2          # a run is there already
-    assert "resume" in capsys.readouterr().err
+    assert "add --resume" in capsys.readouterr().err
     assert cli.main(["train", "tiny", "--out", "run", "--steps", "4", "--seed", "3", "--resume"]) == 0
     assert "resuming from checkpoint-2" in capsys.readouterr().out
     assert json.loads(Path("run/tiny.json").read_text())["recipe"]["steps"] == 4
@@ -115,8 +115,11 @@ def test_not_finite_and_interrupted(method, monkeypatch, capsys):
         return fit
     monkeypatch.setattr(training, "fit", raising(FloatingPointError("the loss is not a finite number at step 7")))
     assert cli.main(["train", "tiny", "--out", "x"]) == 1 and "at step 7" in capsys.readouterr().err
-    monkeypatch.setattr(training, "fit", raising(KeyboardInterrupt("interrupted after step 7")))
-    assert cli.main(["train", "tiny", "--out", "x"]) == 130 and "after step 7" in capsys.readouterr().err
+    monkeypatch.setattr(training, "fit", raising(KeyboardInterrupt(
+        "interrupted after step 7; checkpoint saved: fit(..., out='x', resume=True) goes on from there")))
+    assert cli.main(["train", "tiny", "--out", "x"]) == 130
+    said = capsys.readouterr().err
+    assert "after step 7" in said and "the same command with --resume goes on" in said and "fit(" not in said
 
 
 def test_evaluate(method, capsys):

@@ -99,7 +99,7 @@ class LSegConfig:
     other: float = 0.                         # up to this share of the training labels is called "other" in a batch
     labels: list = field(default_factory=list) # the names of the training label maps, in order
 
-# %% ../../nbs/lseg/03_model.ipynb #1763f4ac
+# %% ../../nbs/lseg/03_model.ipynb #1e1828ec
 class LSeg(SemanticSegmenter):
     """Language-driven semantic segmentation (Li et al., ICLR 2022).
 
@@ -120,7 +120,7 @@ class LSeg(SemanticSegmenter):
 
     def image_features(self, images):
         "(B, 3, H, W) in [0, 1] -> (B, dim, h, w) unit vectors"
-        return F.normalize(self.image(images).float(), dim=1)
+        return F.normalize(self.image(images).float(), dim=1).contiguous()   # the layout that products with words want
 
     def encode_text(self, texts):
         "N strings -> (N, dim) unit vectors, encoded once per text"
