@@ -38,6 +38,7 @@ from torch import nn
 # %% ../nbs/07_segmenter.ipynb #fb648143
 METHODS = {  # a finished chapter adds its line here: name -> "module:Class"
     "lseg": "lsbook.lseg.model:LSeg",
+    "step": "lsbook.step.model:STEP",
 }
 
 # %% ../nbs/07_segmenter.ipynb #483eff41

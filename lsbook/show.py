@@ -451,7 +451,7 @@ ROOMS = {"scenes": (0, 0), "data": (1, 0), "text": (2, 0), "vision": (3, 0), "lo
          "step": (0, 2), "vglaw": (1, 2), "lseg": (2, 2), "groupvit": (3, 2), "mcis": (4, 2),
          "cli": (1, 3), "studio": (3, 3)}
 METHODS = ("step", "vglaw", "lseg", "groupvit", "mcis")
-WRITTEN = ("lseg",)  # the methods whose chapter is in the book; the others are drawn dashed
+WRITTEN = ("lseg", "step")  # the methods whose chapter is in the book; the others are drawn dashed
 _FRAME = ["segmenter", "training"]
 BUILDS_ON = {  # a room, and the rooms it takes its parts from
     "data": ["scenes"], "segmenter": ["show"], "training": ["data", "segmenter", "metrics"],
@@ -505,7 +505,7 @@ def book_map(
         for room in ROOMS:
             edge = LINES[1] if room in METHODS else LINES[2] if room in ("cli", "studio") else LINES[0]
             _box(ax, room, edge if room == here else "#fdeecb" if room in below else "white", edge,
-                 room in METHODS and room not in WRITTEN or room == "studio" and len(WRITTEN) < len(METHODS))
+                 room in METHODS and room not in WRITTEN)
         key = ["filled: this room", "tinted: what it builds on", "dashed: to be written"]
         ax.text(2, 3.45, "   ·   ".join(key[2:] if here is None else key), ha="center", va="center", fontsize=8,
                 color="#6a6a6a")

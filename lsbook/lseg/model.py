@@ -137,7 +137,7 @@ class LSeg(SemanticSegmenter):
             logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=True)
         return AttrDict(loss=None if label_map is None else pixel_cross_entropy(logits, label_map), logits=logits)
 
-# %% ../../nbs/lseg/03_model.ipynb #db9a1473
+# %% ../../nbs/lseg/03_model.ipynb #f506fa36
 def augment(
     image: Tensor,       # uint8 (3, h, w)
     label_map: Tensor,   # (h, w)
@@ -147,7 +147,7 @@ def augment(
     image, label_map = tv_tensors.Image(image), tv_tensors.Mask(label_map[None])
     scale = 2 ** (2 * torch.rand(()).item() - 1)
     size = [max(1, round(side * scale)) for side in image.shape[-2:]]
-    change = v2.Compose([v2.Resize(size), v2.RandomHorizontalFlip(), v2.ColorJitter(.4, .4, .4, .1),
+    change = v2.Compose([v2.Resize(size), v2.RandomHorizontalFlip(), v2.ColorJitter(.4, .4, .4),
                          v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: 255})])
     image, label_map = change(image, label_map)
     return image.as_subclass(Tensor), label_map[0].as_subclass(Tensor)
