@@ -6,7 +6,7 @@
 __all__ = ['VITS', 'OFFICIAL', 'ResNetMaps', 'DenseEncoder', 'LSegConfig', 'LSeg', 'augment', 'call_some_other', 'Inert',
            'TensorUnpickler', 'read_checkpoint', 'our_name', 'from_official']
 
-# %% ../../nbs/lseg/03_model.ipynb #ab7d622e
+# %% ../../nbs/lseg/03_model.ipynb #f8cb7689
 import pickle
 import re
 import zipfile
@@ -30,9 +30,9 @@ from .pixel_text import SCALE, correlate, running_argmax
 from .spatial_regularization import SpatialRegularization
 from ..segmenter import SemanticSegmenter, to_image
 from ..text import TextCache, text_encoder
-from ..vision import Normalise, SmallPyramid, ViTFeatures, pad_to
+from ..vision import Normalise, SmallPyramid, ViTFeatures
 
-# %% ../../nbs/lseg/03_model.ipynb #b0648207
+# %% ../../nbs/lseg/03_model.ipynb #922b2d65
 VITS = {  # timm name, blocks looked at, channels of the four reassembled maps, their resize factors
     "vitl16": ("vit_large_patch16_384", (5, 11, 17, 23), (256, 512, 1024, 1024), (4, 2, 1, .5)),
     "vitb32": ("vit_base_patch32_384", (2, 5, 8, 11), (96, 192, 384, 768), (8, 4, 2, 1))}
@@ -40,14 +40,14 @@ VITS = {  # timm name, blocks looked at, channels of the four reassembled maps, 
 class ResNetMaps(nn.Module):
     "The four stages of a torchvision ResNet-101: images (B, 3, H, W) in [0, 1] -> maps at strides 4, 8, 16, 32."
     channels = (256, 512, 1024, 2048)
-    def __init__(self):
+    def __init__(self, weights=None):   # a torchvision name such as "IMAGENET1K_V1"; None is random
         super().__init__()
         self.normalise = Normalise()
-        self.body = IntermediateLayerGetter(resnet101(), {f"layer{i}": f"layer{i}" for i in (1, 2, 3, 4)})
+        self.body = IntermediateLayerGetter(resnet101(weights=weights), {f"layer{i}": f"layer{i}" for i in (1, 2, 3, 4)})
 
     def forward(self, images): return list(self.body(self.normalise(images)).values())
 
-# %% ../../nbs/lseg/03_model.ipynb #0759c346
+# %% ../../nbs/lseg/03_model.ipynb #4df4fac5
 class DenseEncoder(nn.Module):
     """Image -> one vector a cell: a backbone, the DPT neck of transformers, and a 1×1 convolution.
 
@@ -58,7 +58,7 @@ class DenseEncoder(nn.Module):
         dim: int,                # channels of the output: the width of the text vectors
         fusion: int = 256,       # channels inside the neck
         width: int = 24,         # of the small backbone
-        weights: str = None,     # for the ViTs: a timm tag or a file (`lsbook.vision.ViTFeatures`); None is random
+        weights: str = None,     # to start from: a timm tag or a file (ViTs), a torchvision name (ResNet); None is random
     ):
         super().__init__()
         options = dict(fusion_hidden_size=fusion, use_batch_norm_in_fusion_residual=True, use_bias_in_fusion_residual=False)
@@ -66,7 +66,7 @@ class DenseEncoder(nn.Module):
             name, blocks, channels, factors = VITS[backbone]
             self.backbone, self.stride = ViTFeatures(name, blocks, weights), 32
             options |= dict(hidden_size=self.backbone.dim, reassemble_factors=list(factors))
-        elif backbone == "resnet101": self.backbone, self.stride, channels = ResNetMaps(), 32, ResNetMaps.channels
+        elif backbone == "resnet101": self.backbone, self.stride, channels = ResNetMaps(weights), 32, ResNetMaps.channels
         elif backbone == "small":
             self.backbone, self.stride = SmallPyramid(width), 16
             channels = self.backbone.channels
@@ -81,7 +81,7 @@ class DenseEncoder(nn.Module):
         h, w = (side // self.patch for side in images.shape[-2:])
         return self.head(self.neck(self.backbone(images), h, w)[-1])
 
-# %% ../../nbs/lseg/03_model.ipynb #acd19fb0
+# %% ../../nbs/lseg/03_model.ipynb #5c32059e
 @dataclass
 class LSegConfig:
     "What an LSeg is made of. The defaults are the paper's main model."
@@ -91,7 +91,7 @@ class LSegConfig:
     dim: int = 512                            # of the word vectors, where text is "words"; CLIP brings its own
     fusion: int = 256                         # channels of the neck
     width: int = 24                           # of the small backbone
-    weights: str = None                       # to start the ViT backbone from: a timm tag or a file
+    weights: str = None                       # to start the backbone from: a timm tag or file, a torchvision name
     regularization: str = "bottleneck"        # or "depthwise"
     depth: int = 0                            # applications of the regularisation block, 0 to 4
     long_side: int = 520                      # images are resized to this before the network sees them
@@ -99,7 +99,7 @@ class LSegConfig:
     other: float = 0.                         # up to this share of the training labels is called "other" in a batch
     labels: list = field(default_factory=list) # the names of the training label maps, in order
 
-# %% ../../nbs/lseg/03_model.ipynb #1e1828ec
+# %% ../../nbs/lseg/03_model.ipynb #7754d635
 class LSeg(SemanticSegmenter):
     """Language-driven semantic segmentation (Li et al., ICLR 2022).
 
@@ -130,20 +130,21 @@ class LSeg(SemanticSegmenter):
         """Logits (B, N, H, W) for `texts`, and the loss where there is a `label_map` (B, H, W).
 
         `texts`: a list of N, or for each image a list of N; by default the training labels, `config.labels`."""
-        texts = texts or self.config.labels
+        texts = self.config.labels if texts is None else texts
+        if not texts: raise ValueError("texts: labels are wanted; the model has no training labels to fall back on")
         text = self.encode_text(texts) if isinstance(texts[0], str) else torch.stack([self.encode_text(t) for t in texts])
         logits = self.regularization(correlate(self.image(images), text))
         if logits.shape[-2:] != images.shape[-2:]:
             logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=True)
         return AttrDict(loss=None if label_map is None else pixel_cross_entropy(logits, label_map), logits=logits)
 
-# %% ../../nbs/lseg/03_model.ipynb #f506fa36
+# %% ../../nbs/lseg/03_model.ipynb #0c9159c7
 def augment(
     image: Tensor,       # uint8 (3, h, w)
     label_map: Tensor,   # (h, w)
     crop: int,           # side of the square that comes out
 ) -> tuple:              # the same two, (3, crop, crop) and (crop, crop); 255 where the crop reaches past the image
-    "LSeg's training augmentation: scale 0.5 to 2, flip, colour jitter, random crop; image and labels move together."
+    "LSeg's augmentation (scale 0.5 to 2, flip, crop) and a colour jitter of ours; image and labels move together."
     image, label_map = tv_tensors.Image(image), tv_tensors.Mask(label_map[None])
     scale = 2 ** (2 * torch.rand(()).item() - 1)
     size = [max(1, round(side * scale)) for side in image.shape[-2:]]
@@ -189,14 +190,15 @@ def collate(self: LSeg,
     elif self.config.other and self.training: batch |= call_some_other(batch["label_map"], self.config.labels, self.config.other)
     return batch
 
-# %% ../../nbs/lseg/03_model.ipynb #4e89a99b
+# %% ../../nbs/lseg/03_model.ipynb #30f30c6f
 @patch
 def label_map(self: LSeg,
     encoded,             # an Encoded of this model
     text: Tensor,        # (N, dim) unit vectors from `encode_text`
     chunk: int = 32,     # labels looked at together
 ) -> Tensor:             # (H, W) int64 at the image's own size
-    "The arg-max over labels at the image's own size, holding the logits of `chunk` labels at a time."
+    "The arg-max over labels at the image's own size, holding the logits of `chunk` labels at a time (of fewer for large images)."
+    chunk = max(1, min(chunk, 2**24 // (encoded.image.width * encoded.image.height)))
     features = encoded.features.flatten(1)
     def raw():
         for part in text.split(chunk): yield (SCALE * part @ features).view(1, len(part), *encoded.features.shape[-2:])
@@ -223,7 +225,7 @@ class TensorUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         return super().find_class(module, name) if (module, name) in self.allowed else type(name, (Inert,), {})
 
-# %% ../../nbs/lseg/03_model.ipynb #eb9ee99c
+# %% ../../nbs/lseg/03_model.ipynb #3d954337
 def read_checkpoint(
     path,            # a file written by `torch.save` or PyTorch Lightning
 ) -> dict:           # name -> float32 or integer tensor
@@ -232,12 +234,15 @@ def read_checkpoint(
     `FileNotFoundError` for a missing file; `ValueError` for one that is damaged, of another format, or holds no tensors."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"path: a checkpoint file is wanted, there is none at {str(path)!r}")
-    if not zipfile.is_zipfile(path) or any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+    try: parts = zipfile.ZipFile(path).namelist()
+    except zipfile.BadZipFile: parts = ["constants.pkl"]
+    if any(n.endswith("constants.pkl") for n in parts):      # damaged, or a TorchScript archive, which is code
         raise ValueError(f"path: {str(path)!r} is not a whole checkpoint as torch.save writes it since PyTorch 1.6")
     safe = SimpleNamespace(Unpickler=TensorUnpickler, load=None, loads=None, __name__="tensors only")
     try: state = torch.load(path, map_location="cpu", pickle_module=safe, weights_only=False)
     except Exception as e: raise ValueError(f"path: {str(path)!r} cannot be read as tensors ({type(e).__name__}: {e})") from e
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = state if isinstance(state, dict) else {}
     state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not state: raise ValueError(f"path: {str(path)!r} holds no tensors")
     return {k: v.detach().float() if v.is_floating_point() else v.detach() for k, v in state.items()}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..losses import in_float32
 
-# %% ../../nbs/lseg/02_spatial_regularization.ipynb #ec438231
+# %% ../../nbs/lseg/02_spatial_regularization.ipynb #02e87baf
 class SpatialRegularization(nn.Module):
     """LSeg's regularisation block: one 3×3 kernel shared by all labels and all `depth` applications (10 parameters).
 
@@ -19,7 +19,7 @@ class SpatialRegularization(nn.Module):
     LSeg (Li et al., ICLR 2022), Section 3, "Spatial regularization". `ValueError` for another `kind` or a negative `depth`."""
     def __init__(self,
         kind: str = "bottleneck",  # "bottleneck" adds the maximum over labels, "depthwise" does not
-        depth: int = 2,            # applications of the block; the paper tries 1, 2 and 4; 0 is no block
+        depth: int = 2,            # applications of the block; 0 is no block
     ):
         super().__init__()
         if kind not in ("bottleneck", "depthwise"):
@@ -28,14 +28,14 @@ class SpatialRegularization(nn.Module):
         self.kind, self.depth = kind, depth
         if depth:
             self.conv = nn.Conv2d(1, 1, 3, padding=1)
-            nn.init.dirac_(self.conv.weight)     # start as a block that changes nothing
+            nn.init.dirac_(self.conv.weight)     # start as the identity kernel
             nn.init.zeros_(self.conv.bias)
 
     @in_float32
     def block(self, logits, peak=None, last=False):
         "One application; `peak` (B, 1, h, w) is the maximum over all labels where `logits` holds only some of them."
-        n = logits.shape[1]
-        out = F.conv2d(logits, self.conv.weight.expand(n, 1, 3, 3), self.conv.bias.expand(n), padding=1, groups=n)
+        n, weight, bias = logits.shape[1], self.conv.weight.float(), self.conv.bias.float()
+        out = F.conv2d(logits, weight.expand(n, 1, 3, 3), bias.expand(n), padding=1, groups=n)
         if self.kind == "bottleneck": out = out + (logits.amax(1, keepdim=True) if peak is None else peak)
         return out if last else F.leaky_relu(out)
 
