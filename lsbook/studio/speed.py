@@ -104,8 +104,8 @@ def thousand_labels():
         with torch.no_grad(): return model(pixels, texts=labels).logits.argmax(1)
     return peak_bytes(lambda: model.segment(image, labels)), peak_bytes(plain)
 
-# %% ../../nbs/studio/03_speed.ipynb #09e1ebfe
-def step_text_attention(repeat=5):
+# %% ../../nbs/studio/03_speed.ipynb #9bf84819
+def step_text_attention(repeat=25):
     "Seconds of the text attention at 6,400 pixels x 20 words: re-associated and folded, and as written."
     from lsbook.step.coembedding import attend_words, pixel_weights, reread, reread_literal
     torch.manual_seed(0)
