@@ -142,7 +142,10 @@ def test_truncated_missing_and_empty_checkpoints_are_named(tmp_path):
     data = (tmp_path / "whole.ckpt").read_bytes()
     (tmp_path / "short.ckpt").write_bytes(data[:len(data) // 2])
     torch.save({"state_dict": {}}, tmp_path / "empty.ckpt")
-    for name, error in (("short.ckpt", ValueError), ("empty.ckpt", ValueError), ("none.ckpt", FileNotFoundError)):
+    torch.save({"state_dict": 7}, tmp_path / "seven.ckpt")
+    (tmp_path / "end.ckpt").write_bytes(data[:-30] + bytes(30))                     # a broken table of contents
+    for name, error in (("short.ckpt", ValueError), ("end.ckpt", ValueError), ("empty.ckpt", ValueError), ("seven.ckpt", ValueError),
+                        ("none.ckpt", FileNotFoundError)):
         with pytest.raises(error, match=f"path: .*{name}"):
             read_checkpoint(tmp_path / name)
     with pytest.raises(ValueError, match="not LSeg's"):
@@ -195,6 +198,19 @@ def test_words_and_images_are_encoded_once():
     assert len(passes) == 1 and model.text.encoded == 3
     model.segment([image, scenes.scene(1).image], ["grass", "water"])
     assert model.text.encoded == 3
+
+
+def test_half_precision_weights_answer_too():
+    image, names = scenes.scene(0).image, ["grass", "sand", "red circle"]
+    full = small(depth=2).segment(image, names).label_map
+    assert (small(depth=2).bfloat16().segment(image, names).label_map == full).mean() > .9
+
+
+def test_forward_without_labels_says_so():
+    model = small(labels=[])
+    for texts in (None, []):
+        with pytest.raises(ValueError, match="texts"):
+            model(torch.rand(1, 3, 64, 64), texts=texts)
 
 
 def test_label_order_does_not_matter():
