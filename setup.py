@@ -37,5 +37,4 @@ setup(
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
     },
     zip_safe=False,
-    options={"editable_wheel": {"mode": "compat"}},  # found from any folder, also the one that holds the clone
 )
