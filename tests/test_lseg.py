@@ -311,3 +311,13 @@ def test_camvid_rows(real_data):
     model = small(words=list(RECIPES["camvid"].config["labels"]), labels=RECIPES["camvid"].config["labels"], long_side=240, crop=96)
     out = model.train()(**model.collate([train[i] for i in range(4)]))
     assert out.logits.shape == (4, 11, 96, 96) and torch.isfinite(out.loss)
+
+
+@pytest.mark.parametrize("theirs, ours", [   # shapes alone cannot tell one fusion layer, unit or level from another
+    ("scratch.refinenet4.out_conv.weight", "image.neck.fusion_stage.layers.0.projection.weight"),
+    ("scratch.refinenet1.resConfUnit1.conv2.weight", "image.neck.fusion_stage.layers.3.residual_layer1.convolution2.weight"),
+    ("scratch.refinenet2.resConfUnit2.bn1.bias", "image.neck.fusion_stage.layers.2.residual_layer2.batch_norm1.bias"),
+    ("pretrained.act_postprocess1.0.project.0.weight", "image.neck.reassemble_stage.readout_projects.0.0.weight"),
+    ("scratch.layer4_rn.weight", "image.neck.convs.3.weight")])
+def test_equal_shapes_are_not_swapped(theirs, ours):
+    assert our_name("net." + theirs) == ours
