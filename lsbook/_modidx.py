@@ -575,6 +575,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lsbook.training._say': ('training.html#_say', 'lsbook/training.py'),
                                  'lsbook.training._trainer_class': ('training.html#_trainer_class', 'lsbook/training.py'),
                                  'lsbook.training.complete': ('training.html#complete', 'lsbook/training.py'),
+                                 'lsbook.training.experiments': ('training.html#experiments', 'lsbook/training.py'),
                                  'lsbook.training.fit': ('training.html#fit', 'lsbook/training.py'),
                                  'lsbook.training.newest_checkpoint': ('training.html#newest_checkpoint', 'lsbook/training.py'),
                                  'lsbook.training.optimizer': ('training.html#optimizer', 'lsbook/training.py'),

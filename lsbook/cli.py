@@ -219,15 +219,18 @@ def train(
 ) -> int:  # 0
     """Trains a method by its recipe: rows, model, `fit`, then `<out>/<method>.safetensors` and its card `.json`.
 
+    A recipe for any data set has `words=[]` or `labels=[]` in its config: those of the training rows are taken.
     In several processes each calls this; the first one prints and writes."""
     from lsbook import metrics, scenes, segmenter, training
     from lsbook.data import label_names
+    from lsbook.text import Vocabulary
     r = training.recipe(method, scale)
     r = r.replace(config=r.config | config_changes(changes), **{k: v for k, v in dict(steps=steps, seed=seed).items() if v is not None})
     if r.rows is None: raise ValueError(f"--scale: the recipe {method}/{scale} names no data")
     rows, valid = r.rows(root)
+    if r.config.get("words") == []: r = r.replace(config=r.config | dict(words=Vocabulary.from_texts(list(rows["expression"])).words))
     model = new_model(r)
-    if getattr(model.config, "labels", None) == []: model.config.labels = label_names(rows)   # a recipe for any label set
+    if getattr(model.config, "labels", None) == []: model.config.labels = label_names(rows)
     first = int(os.environ.get("RANK", 0)) == 0
     if first:
         n = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'Recipe', 'recipe', 'parameter_groups', 'optimizer', 'schedule', 'seeded', 'Batches', 'Stream', 'complete',
-           'newest_checkpoint', 'Fit', 'fit']
+           'newest_checkpoint', 'Fit', 'fit', 'experiments']
 
 # %% ../nbs/08_training.ipynb #125b02f7
 import functools, importlib, json, logging, os, pkgutil, random, shutil, signal, tempfile, threading, time, zipfile
@@ -339,8 +339,9 @@ class _Watch:
 
     def check_finite(self):
         if (step := int(self.bad)) >= 0:
-            raise FloatingPointError(f"the loss is not a finite number at step {step}: a smaller lr (now "
-                                     f"{self.recipe.lr:g}), clip or warmup may help; checkpoints from before are kept")
+            rounding = ", or precision='fp32'," if self.recipe.precision == "bf16" else ""
+            raise FloatingPointError(f"the loss is not a finite number at step {step}: a smaller lr (now {self.recipe.lr:g}), "
+                                     f"clip or warmup{rounding} may help; checkpoints from before are kept")
 
     def evaluate(self, *args, **kw):
         from lsbook import metrics
@@ -549,3 +550,21 @@ def fit(
         return _run(trainer, start, out)
     finally:
         if scratch: shutil.rmtree(scratch, ignore_errors=True)
+
+# %% ../nbs/08_training.ipynb #3c623a92
+def experiments(
+    path,   # JSON file of finished runs
+    jobs,   # dicts of keyword arguments: what tells a run from the others, such as variant, seed and steps
+    run,    # run(**job) -> dict of what was measured
+) -> list:  # all runs in the file, dicts: the job, what was measured, CPU seconds, version of torch
+    "Run the jobs that are not yet in the file, and save after each: stop and start again at will."
+    path = Path(path)
+    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for job in jobs:
+        if any(job.items() <= r.items() for r in runs): continue
+        started = time.process_time()
+        found = run(**job)
+        runs.append(job | found | dict(cpu_seconds=round(time.process_time() - started), torch=torch.__version__))
+        path.with_suffix(".part").write_text(json.dumps(runs, indent=1), encoding="utf-8")
+        os.replace(path.with_suffix(".part"), path)   # the file is whole at every moment
+    return runs

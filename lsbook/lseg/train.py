@@ -124,11 +124,11 @@ sgd = dict(optimizer="sgd", weight_decay=1e-4, schedule="polynomial", lr_scale={
 
 RECIPES = {
     "scenes": Recipe("lseg", "scenes", rows=scene_rows, steps=2400, batch_size=16, lr=3e-3, weight_decay=.01, warmup=200, clip=1.,
-        precision="bf16", eval_every=400,
+        eval_every=400,
         config=small | dict(words=[*scenes.words(), "other"], fusion=48, depth=2, long_side=64, labels=SEEN, other=.5),
         notes="The book's own. AdamW and cosine instead of SGD and polynomial; a word 'other' that stands for labels left out."),
     "camvid": Recipe("lseg", "camvid", rows=camvid_rows, steps=1200, batch_size=8, lr=3e-3, weight_decay=.01, warmup=100, clip=1.,
-        precision="bf16", eval_every=400,
+        eval_every=400,
         config=small | dict(words=CAMVID, width=32, fusion=64, depth=2, long_side=240, crop=160, labels=CAMVID),
         notes="Photographs from scratch on two CPU cores; LSeg's augmentation and a colour jitter, the book's optimiser."),
     "paper": Recipe("lseg", "paper", rows=ade20k_rows, steps=240 * 20210 // 16, batch_size=16, lr=.004, **sgd,

@@ -6,10 +6,6 @@
 __all__ = ['VARIANTS', 'glued', 'other_iou', 'parent_iou', 'claims']
 
 # %% ../../nbs/lseg/05_zero_shot.ipynb #c3a80635
-import json
-import os
-import time
-from pathlib import Path
 import numpy as np
 import torch
 from .. import scenes
@@ -17,7 +13,7 @@ from ..data import with_names
 from .model import LSeg, LSegConfig
 from .train import RECIPES, SEEN, only
 from ..metrics import ConfusionMatrix, evaluate
-from ..training import fit
+from ..training import experiments, fit
 
 # %% ../../nbs/lseg/05_zero_shot.ipynb #e7a2113e
 VARIANTS = {  # what each run changes in the scenes recipe, besides leaving out the training of "other"
@@ -64,28 +60,21 @@ def claims(
     variants=tuple(VARIANTS),
 ) -> list:               # the runs, each a dict that says what was measured and how it was made
     "Train each variant with each seed on scenes and measure the paper's claims on 200 test scenes. Stop and resume at will."
-    path = Path(path)
-    runs = json.loads(path.read_text()) if path.exists() else []
     train = only(scenes.rows("semantic", 8000, pairs="seen"), SEEN)
     test, shown = scenes.rows("semantic", 200, split="test"), [scenes.scene(i, split="test") for i in range(100)]
-    for seed in seeds:
-        for variant in variants:
-            if any((r["variant"], r["seed"], r["steps"]) == (variant, seed, steps) for r in runs): continue
-            base = RECIPES["scenes"]
-            labels, asked = (glued(SEEN), glued(scenes.label_names())) if "unrelated" in variant else (SEEN, scenes.label_names())
-            recipe = base.replace(steps=steps, warmup=steps // 10, seed=seed, eval_every=steps,
-                config=base.config | VARIANTS[variant] | dict(other=0., labels=labels, words=base.config["words"] + asked))
-            torch.manual_seed(seed)
-            model, started = LSeg(LSegConfig(**recipe.config)), time.process_time()
-            if "random start" in variant: model.regularization.conv.reset_parameters()
-            fit(model, with_names(train, labels), None, recipe)
-            run = dict(variant=variant, seed=seed, steps=steps, changes=VARIANTS[variant], torch=torch.__version__, device=str(model.device),
-                       cpu_seconds=round(time.process_time() - started))
-            run |= {k: v for k, v in evaluate(model, with_names(test, asked)).items() if k in ("mIoU", "mIoU/seen", "mIoU/unseen")}
-            if variant == "2 bottleneck blocks":
-                run["other"] = {w: other_iou(model, shown, w) for w in ("other", "others", "background", "thing", "zebra", "star", "small")}
-                run["parents"] = {"colours": parent_iou(model, shown, 0), "shapes": parent_iou(model, shown, 1)}
-            runs.append(run)
-            path.with_suffix(".part").write_text(json.dumps(runs, indent=1))
-            os.replace(path.with_suffix(".part"), path)
-    return runs
+    def run(variant, seed, steps):
+        base = RECIPES["scenes"]
+        labels, asked = (glued(SEEN), glued(scenes.label_names())) if "unrelated" in variant else (SEEN, scenes.label_names())
+        recipe = base.replace(steps=steps, warmup=steps // 10, seed=seed, eval_every=steps,
+            config=base.config | VARIANTS[variant] | dict(other=0., labels=labels, words=base.config["words"] + asked))
+        torch.manual_seed(seed)
+        model = LSeg(LSegConfig(**recipe.config))
+        if "random start" in variant: model.regularization.conv.reset_parameters()
+        fit(model, with_names(train, labels), None, recipe)
+        found = {k: v for k, v in evaluate(model, with_names(test, asked)).items() if k in ("mIoU", "mIoU/seen", "mIoU/unseen")}
+        found |= dict(changes=VARIANTS[variant], precision=recipe.precision, device=str(model.device))
+        if variant == "2 bottleneck blocks":
+            found["other"] = {w: other_iou(model, shown, w) for w in ("other", "others", "background", "thing", "zebra", "star", "small")}
+            found["parents"] = {"colours": parent_iou(model, shown, 0), "shapes": parent_iou(model, shown, 1)}
+        return found
+    return experiments(path, [dict(variant=v, seed=s, steps=steps) for s in seeds for v in variants], run)

@@ -338,8 +338,9 @@ def trace(self: STEP,
     "All steps of one answer, for looking at."
     encoded = image if hasattr(image, "features") else self.encode_image(image)
     steps = self.answer([encoded], [expression], folds)[0]
-    whole = lambda maps: np.stack([self.restore(m, encoded).cpu().numpy() for m in maps])
+    whole = lambda maps: torch.stack([self.restore(m, encoded) for m in maps]).float()
     words = self.text._read([expression])[0][0]
-    return Trace(whole(self.fuse.heatmap(s.score) for s in steps), whole(s.logits.sigmoid() for s in steps), words,
+    Q, P = whole([self.fuse.heatmap(s.score) for s in steps]), whole([s.logits for s in steps]).sigmoid()
+    return Trace(Q.cpu().numpy(), P.cpu().numpy(), words,
                  torch.stack([s.words for s in steps]).float().cpu().numpy()[:, :len(words)],
                  [level_of(t, len(self.levels), self.config.order) for t in range(1, len(steps) + 1)])

@@ -72,15 +72,15 @@ small = dict(words=scenes.words(), vector=64, cell=64, backbone="small", width=2
     attention=64, embed=128, folds=1, order="deep", grid=2, maps=16, outer="logits", supervise="every", dice=.5, raw=1.,
     dense=scenes.label_names(), long_side=64)
 paper = dict(steps=700_000, batch_size=1, lr=2.5e-4, optimizer="adam", weight_decay=5e-4, schedule="polynomial",
-    eval_every=20_000, config=dict(weights="COCO_WITH_VOC_LABELS_V1", frozen=True),
+    eval_every=20_000, config=dict(words=[], weights="COCO_WITH_VOC_LABELS_V1", frozen=True),
     notes="700,000 steps of Adam, 2.5e-4, polynomial 0.9, 320 pixels, 20 words: as printed. Weight decay "
           "5e-4 as in the code of the same family; 0.005 is printed. Batch 1 and a frozen trunk: the "
           "family's code, the paper does not say. The trunk is torchvision's DeepLabV3, the paper's is "
-          "DeepLab-101 v2. Give it `config | dict(words=words_of(train), glove='glove.840B.300d.txt')`.")
+          "DeepLab-101 v2. The words are those of the training rows; `glove` names a file of GloVe vectors.")
 
 RECIPES = {
     "scenes": Recipe("step", "scenes", rows=scene_rows, steps=2400, batch_size=16, lr=3e-3, weight_decay=.01,
-        warmup=150, clip=1., lr_scale={"gru": 3., "head": 10.}, precision="bf16", eval_every=400, config=small,
+        warmup=150, clip=1., lr_scale={"gru": 3., "head": 10.}, eval_every=400, config=small,
         notes="The book's own: one fold, from the deepest of four maps to the finest. Deviations from the "
               "paper: AdamW and cosine; maps that know their surroundings (`context`), batch normalisation"
               " (`norm`); dice beside cross-entropy (`dice`), every P_t supervised (`supervise`) and the "
