@@ -438,7 +438,7 @@ def bars(
             ax.axhline(chance, color=LINES[1], linestyle="--", linewidth=1.2, label="chance")
             ax.legend(loc="center left", bbox_to_anchor=(1, .5))
         long = max(len(w) for n in runs for w in str(n).split() or [""]) * .085 > room
-        names = [str(n) if long else textwrap.fill(str(n), max(6, int(room / .095))) for n in runs]
+        names = [str(n) if long else textwrap.fill(str(n), max(6, int(room / .095)), break_long_words=False) for n in runs]
         slope = dict(rotation=35, ha="right", rotation_mode="anchor") if long else {}
         ax.set_xticks(range(len(runs)), names, **slope)
         ax.tick_params(axis="x", length=0); ax.grid(axis="y"); ax.margins(y=.14); ax.set_ylabel(ylabel)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lsbook import evaluate, load, scenes
+from lsbook import cli, evaluate, load, scenes
 from lsbook.step.coembedding import pixel_weights, reread_literal, unit
 from lsbook.step.convgru import level_of
 from lsbook.step.model import STEP, STEPConfig, resize
@@ -213,6 +213,23 @@ def test_real_rows_train_it(tmp_path):
     got = fit(m, train, valid, r)
     losses = got.series("loss")[1]
     assert losses[-1] < losses[0] and 0 <= got.metrics["mIoU"] <= 1
+
+
+def test_the_papers_recipe_takes_its_words_from_the_rows(tmp_path):
+    small = dict(backbone="small", weights="null", width=8, vector=16, cell=16, atrous=24, attention=20, embed=32, folds=1, grid=2, maps=6, long_side=64)
+    changes = [word for k, v in small.items() for word in ("--set", f"{k}={v}")]
+    folder = ["--root", str(refer_folder(tmp_path / "data")), "--out", str(tmp_path / "run")]
+    assert cli.main(["train", "step", "--scale", "paper", "--steps", "2", *folder, *changes]) == 0
+    trained = load(str(tmp_path / "run"))
+    rows = refer_rows("refcoco", "unc")(tmp_path / "data")[0]
+    assert trained.config.words == words_of(rows) and len(trained.config.words) > 2
+    assert trained.segment(rows[0]["image"], rows[0]["expression"]).mask.shape == (70, 80)
+
+
+def test_the_trace_ends_in_the_answer():
+    m, image = load("step"), scenes.scene(0, size=80).image
+    t, r = m.trace(image, "the leftmost thing"), m.segment(image, "the leftmost thing")
+    assert np.allclose(t.P[-1], r.heatmap, atol=1e-5) and t.Q.shape == t.P.shape == (4, 80, 80)
 
 
 def test_the_shipped_weights_keep_what_their_card_says():

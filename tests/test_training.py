@@ -17,7 +17,7 @@ from torch import nn
 from lsbook import training
 from lsbook.scenes import label_names, rows
 from lsbook.segmenter import SemanticSegmenter, to_image
-from lsbook.training import Batches, Recipe, Stream, complete, fit, newest_checkpoint, optimizer, parameter_groups, recipe, schedule
+from lsbook.training import Batches, Recipe, Stream, complete, experiments, fit, newest_checkpoint, optimizer, parameter_groups, recipe, schedule
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,21 @@ def test_bf16_and_accumulation():
         fit(models[-1], data()[0], None, RECIPE.replace(steps=4, accumulate=accumulate))
     for m in models[1:]:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(models[0].state_dict().values(), m.state_dict().values()))
+
+
+def test_experiments_go_on_where_they_were_interrupted(tmp_path):
+    jobs, done = [dict(variant=v, seed=s) for s in (0, 1) for v in ("a", "b")], []
+    def run(variant, seed):
+        if len(done) == 3: raise KeyboardInterrupt
+        done.append((variant, seed))
+        return dict(changes=dict(x=[1, 2]), score=.1 + .2)
+    with pytest.raises(KeyboardInterrupt): experiments(tmp_path / "runs.json", jobs, run)
+    assert len(json.loads((tmp_path / "runs.json").read_text())) == 3
+    done.clear()
+    runs = experiments(tmp_path / "runs.json", jobs, run)
+    assert done == [("b", 1)] and [(r["variant"], r["seed"]) for r in runs] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert runs == json.loads((tmp_path / "runs.json").read_text()) and {r["score"] for r in runs} == {.1 + .2}
+    assert [p.name for p in tmp_path.iterdir()] == ["runs.json"]
 
 
 def test_worker_processes_change_nothing():
