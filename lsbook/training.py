@@ -44,6 +44,7 @@ class Recipe:
     lr: float = 1e-3                                # peak learning rate, of parameters with multiplier 1
     optimizer: str = "adamw"                        # "adamw" | "adam" | "sgd" (momentum 0.9)
     weight_decay: float = 0.                        # on matrices and kernels; never on 1-D parameters
+    no_decay: tuple = ()                            # name prefixes of parameters without weight decay
     schedule: str = "cosine"                        # "cosine" | "polynomial" (power 0.9) | "constant"
     warmup: int = 0                                 # steps of linear rise from 0 to lr
     lr_scale: dict = field(default_factory=dict)    # name prefix -> multiplier of lr; the longest prefix wins
@@ -101,19 +102,20 @@ def parameter_groups(
     """A model's trainable parameters, grouped by learning rate and weight decay.
 
     The multiplier of a parameter is that of the longest prefix in `recipe.lr_scale` that its name begins with ("" fits
-    all), else 1. Weight decay is for tensors of two or more dimensions: biases and norms have none.
+    all), else 1. Weight decay is for tensors of two or more dimensions, so biases and norms have none, and not for names
+    that begin with one of `recipe.no_decay`.
     `ValueError` for a prefix that no parameter has, and for a model with nothing to train."""
     named = list(model.named_parameters())
-    for prefix in recipe.lr_scale:
+    for field, prefix in [("lr_scale", p) for p in recipe.lr_scale] + [("no_decay", p) for p in recipe.no_decay]:
         if not any(n.startswith(prefix) for n, _ in named):
-            raise ValueError(f"lr_scale: no parameter begins with {prefix!r}; there are: "
+            raise ValueError(f"{field}: no parameter begins with {prefix!r}; there are: "
                              + ", ".join(dict.fromkeys(n.split(".")[0] for n, _ in named)))
     groups = {}
     for name, p in named:
         if not p.requires_grad: continue
         fits = [k for k in recipe.lr_scale if name.startswith(k)]
         scale = recipe.lr_scale[max(fits, key=len)] if fits else 1.
-        decay = recipe.weight_decay if p.ndim > 1 else 0.
+        decay = recipe.weight_decay if p.ndim > 1 and not name.startswith(tuple(recipe.no_decay)) else 0.
         empty = dict(params=[], names=[], lr=recipe.lr * scale, scale=scale, weight_decay=decay)
         g = groups.setdefault((scale, decay), empty)
         g["params"].append(p); g["names"].append(name)

@@ -14,7 +14,7 @@ from lsbook.step.coembedding import pixel_weights, reread_literal, unit
 from lsbook.step.convgru import level_of
 from lsbook.step.model import STEP, STEPConfig, resize
 from lsbook.step.train import Expressions, refer_rows, words_of
-from lsbook.training import fit, recipe
+from lsbook.training import fit, parameter_groups, recipe
 
 
 TINY = dict(words=scenes.words(), vector=16, cell=16, backbone="small", width=8, atrous=24, attention=20, embed=32, folds=3,
@@ -34,16 +34,27 @@ def literal(m, image, text):
     c, maps = m.config, m.context(m.backbone(image))
     words, mask = m.encode_text([text])
     H = words[0] if mask is None else words[0][mask[0]]
-    P, h, out = m.first(1, 1, (32, 32)), torch.zeros(1, c.maps, 32, 32), []
+    P = P0 = m.first(1, 1, (32, 32))
+    h, out, seen = torch.zeros(1, c.maps, 32, 32), [], [torch.zeros(1, 32, 32) for _ in maps]
     conv = lambda x, w: F.conv2d(x, w, padding=1)
     bias = lambda b: b.view(1, -1, 1, 1)
-    for t in range(1, c.folds * len(maps) + 1):
+    for t in range(1, (c.folds if c.top_down else 1) * len(maps) + 1):
         l = level_of(t, len(maps), c.order) - 1
         v, phi = m.levels[l](maps[l])
         pixel = lambda x: x @ m.levels[l].pixel.weight.flatten(1).T + m.levels[l].pixel.bias
-        s = reread_literal(v[0].flatten(1).T, H, pixel_weights(resize(P, v.shape[-2:]).flatten(), c.outer), pixel, m.word)
-        Q = torch.einsum("chw,c->hw", unit(phi[0], 0), unit(m.fuse.psi(s), 0)).clamp(min=0)
+        under = P if c.reattend else P0
+        s = reread_literal(v[0].flatten(1).T, H, pixel_weights(resize(under, v.shape[-2:]).flatten(), c.outer), pixel, m.word)
+        if c.fusion == "coembed": Q = torch.einsum("chw,c->hw", unit(phi[0], 0), unit(m.fuse.psi(s), 0)).clamp(min=0)
+        else:   # concatenate and convolve: the text tiled under every pixel
+            both = torch.cat([v[0], s[:, None, None].expand(-1, *v.shape[-2:])])
+            W = torch.cat([m.levels[l].phi.weight.flatten(1), m.fuse.psi.weight], 1)
+            hidden = (torch.einsum("ek,khw->ehw", W, both) + m.levels[l].phi.bias[:, None, None]).tanh()
+            Q = (torch.einsum("e,ehw->hw", m.fuse.w.weight[0], hidden) + m.fuse.w.bias).sigmoid()
         x, n = resize(Q[None, None], (32, 32)), c.maps
+        seen[l] = x[0]
+        if not c.top_down:
+            out.append((Q, m.head(torch.cat(seen)[None])[0, 0]))
+            continue
         G, C = m.gru.gates, m.gru.candidate
         f = torch.sigmoid(conv(h, G.weight[:n, :n]) + conv(x, G.weight[:n, n:]) + bias(G.bias[:n]))
         z = torch.sigmoid(conv(h, G.weight[n:, :n]) + conv(x, G.weight[n:, n:]) + bias(G.bias[n:]))
@@ -55,16 +66,17 @@ def literal(m, image, text):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(outer="logits", order="deep"), dict(outer="sum", join="sum", p0="centre"),
-                                     dict(context=16, norm=True), dict(mask_padding=False)], ids=str)
+                                     dict(context=16, norm=True), dict(mask_padding=False), dict(fusion="concat"),
+                                     dict(reattend=False, outer="logits", p0="centre"), dict(top_down=False)], ids=str)
 def test_the_fast_form_is_the_printed_one(changes):
     m, scene = tiny(**changes), scenes.scene(3)
     text = "the red circle left of the blue star"
     want = literal(m, torch.from_numpy(scene.image).permute(2, 0, 1)[None] / 255, text)
     e = m.encode_image(scene.image)
     with torch.no_grad(): got = m.answer([e, e], ["the circle", text])[1]
-    assert len(got) == len(want) == 12
+    assert len(got) == len(want) == (12 if m.config.top_down else 4)
     for (Q, P), step in zip(want, got):
-        assert torch.allclose(step.score.relu(), Q, atol=1e-5) and torch.allclose(step.logits, P, atol=1e-5)
+        assert torch.allclose(m.fuse.heatmap(step.score), Q, atol=1e-5) and torch.allclose(step.logits, P, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [dict(top_down=False), dict(reattend=False), dict(fusion="concat"),
@@ -76,6 +88,52 @@ def test_every_variant_trains_and_answers(changes):
     out.loss.backward()
     assert out.logits.shape == (2, 3, 64, 64) and all(p.grad is not None for p in m.parameters())
     assert m.segment(scenes.scene(1).image, "the red circle").mask.shape == (64, 64) and m.training
+
+
+def test_the_loss_is_the_sum_of_what_the_config_asks_for():
+    m = tiny(supervise="every", dice=.5, raw=2., dense=scenes.label_names())
+    batch = m.collate([Expressions(10, 2)[0]])
+    y, steps = batch["masks"], m.steps(m.image_features(batch["images"]), *m.read(batch["texts"]))
+    bce = F.binary_cross_entropy_with_logits
+    def dice(x, y):
+        p = x.sigmoid()
+        return (1 - (2 * (p * y).sum((-1, -2)) + 1) / (p.sum((-1, -2)) + y.sum((-1, -2)) + 1)).mean()
+    large = [F.interpolate(s.logits, (64, 64), mode="bilinear") for s in steps]
+    every = sum(bce(x, y) + .5 * dice(x, y) for x in large) / 12
+    raw = sum(bce(10 * (s.score - .5), F.avg_pool2d(y, 64 // s.score.shape[-1])) for s in steps[:4]) / 4
+    x = m.maps(batch["images"])[0]
+    logits = 10 * torch.einsum("bchw,nc->bnhw", F.normalize(m.label.pixel(x), dim=1), m.label.names)
+    label = F.cross_entropy(logits, batch["label_map"][:, 1::2, 1::2])
+    want = every + 2 * raw + label
+    assert torch.isclose(m(**batch).loss, want, atol=1e-4)
+    m.config.supervise = "last"
+    assert torch.isclose(m(**batch).loss, bce(large[-1], y) + .5 * dice(large[-1], y) + 2 * raw + label, atol=1e-4)
+    m.config.raw = m.config.dice = 0.
+    del batch["label_map"]
+    assert torch.isclose(m(**batch).loss, bce(large[-1], y), atol=1e-5)
+
+
+def test_a_config_that_cannot_be_meant():
+    for wrong in (dict(p0="center"), dict(supervise="all"), dict(fusion="concatenate"), dict(order="up"), dict(outer="softmax"), dict(join="add")):
+        with pytest.raises(ValueError, match=next(iter(wrong))): STEPConfig(**wrong)
+    with pytest.raises(ValueError, match="folds"): STEPConfig(folds=0)
+    m = tiny()
+    for folds in (0, -1):
+        with pytest.raises(ValueError, match="folds"): m.trace(scenes.scene(0).image, "the star", folds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    image = scenes.scene(0).image
+    want = load("step").segment(image, "the leftmost thing").heatmap
+    got = load("step").to(dtype).segment(image, "the leftmost thing").heatmap
+    assert np.abs(got - want).mean() < (.02 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_the_papers_recipe_spares_the_words():
+    r, m = recipe("step", "paper"), tiny()
+    groups = {n: g["weight_decay"] for g in parameter_groups(m, r) for n in g["names"]}
+    assert groups["text.embedding.weight"] == 0 == groups["text.lstm.weight_hh_l0"] and groups["gru.gates.weight"] == 5e-4
 
 
 def test_what_fills_up_a_batch_changes_nothing():
@@ -122,6 +180,23 @@ def test_bad_rows():
     m, row = tiny(), scenes.rows("referring", 1)[0]
     with pytest.raises(ValueError, match="masks"): m.collate([dict(row, expression=["a", "b"], mask=[row["mask"]])])
     with pytest.raises(ValueError, match="size"): m.collate([dict(row, mask=np.zeros((3, 4)))])
+    with pytest.raises(ValueError, match="no expression"): m.collate([dict(row, expression=[], mask=[])])
+    taught = tiny(dense=scenes.label_names())
+    with pytest.raises(ValueError, match="label map"): taught.collate([dict(row, label_map=np.zeros((32, 64)))])
+    some = taught.collate([Expressions(2)[0], row])   # one row has no label map: it does not count, the other does
+    assert (some["label_map"][1] == 255).all() and (some["label_map"][0] < 255).all()
+    none = taught.train()(**taught.collate([row]))
+    none.loss.backward()
+    assert all(p.grad is not None for p in taught.parameters())
+    assert len(list(Expressions(2))) == 2
+
+
+def test_what_trace_refuses():
+    m, other, image = tiny(), tiny(1), scenes.scene(0).image
+    with pytest.raises(ValueError, match="Encoded"): m.trace(other.encode_image(image), "the star")
+    for picture, text in ((image, ["the star", "the circle"]), ([image, image], "the star")):
+        with pytest.raises(ValueError, match="one of each"): m.trace(picture, text)
+    with pytest.raises(ValueError, match="expression"): m.trace(image, " ")
 
 
 def test_the_loop_compiles_in_one_graph():

@@ -33,7 +33,7 @@ class ConvGRU(nn.Module):
         h' = z . h + (1 - z) . h^
 
     R and W are slices of one kernel. (B, inputs, H, W) and (B, maps, H, W) -> (B, maps, H, W), in [-1, 1] as h is.
-    STEP (Chen et al., ICCV 2019), top-down heatmap refinement; Ballas et al., ICLR 2016."""
+    STEP (Chen et al., ICCV 2019), top-down heatmap refinement. Convolutional GRUs: Ballas et al., ICLR 2016."""
     def __init__(self,
         maps: int = 32,      # hidden maps
         inputs: int = 1,     # maps of x
