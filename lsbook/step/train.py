@@ -112,8 +112,10 @@ def shortened(
 # %% ../../nbs/step/04_train.ipynb #4d731fcf
 VARIANTS = {  # what each changes in the config of the scenes recipe
     "K = 1": {}, "K = 2": dict(folds=2), "K = 3": dict(folds=3), "K = 5": dict(folds=5),
-    "concatenated": dict(fusion="concat"), "no top-down": dict(top_down=False),
-    "words read once": dict(reattend=False), "softmax of P": dict(outer="P"), "no words": {}}
+    "concatenated": dict(fusion="concat"), "words read once": dict(reattend=False),
+    "no top-down": dict(top_down=False), "no top-down, judged last": dict(top_down=False, supervise="last"),
+    "softmax of P": dict(outer="P"), "P over its sum": dict(outer="sum"), "heatmaps not judged": dict(raw=0.),
+    "printed loss": dict(supervise="last", dice=0., raw=0., dense=[]), "no words": {}}
 
 # %% ../../nbs/step/04_train.ipynb #721093f6
 def claims(
@@ -127,7 +129,7 @@ def claims(
     def run(variant, seed, steps):
         blank, recipe = variant == "no words", shortened(steps)
         config = recipe.config | VARIANTS[variant]
-        scale = {part: x for part, x in recipe.lr_scale.items() if part != "gru" or variant != "no top-down"}
+        scale = {part: x for part, x in recipe.lr_scale.items() if part != "gru" or config.get("top_down", True)}
         torch.manual_seed(seed)
         model = STEP(STEPConfig(**config))
         fit(model, Expressions(100_000, blank=blank, split="train"), None, recipe.replace(seed=seed, config=config, lr_scale=scale))
