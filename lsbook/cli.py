@@ -7,7 +7,7 @@ __all__ = ['needs', 'check_package', 'check_folder', 'memory', 'check_device', '
            'versions', 'config_changes', 'train', 'evaluate', 'measure', 'bench', 'parser', 'main']
 
 # %% ../nbs/10_cli.ipynb #1daf3a6f
-import argparse, importlib, importlib.metadata, json, math, os, platform, re, shlex, sys, tempfile, typing
+import argparse, importlib, importlib.metadata, json, math, os, platform, re, shlex, sys, tempfile, typing, warnings
 from pathlib import Path
 
 # %% ../nbs/10_cli.ipynb #3fc1f65f
@@ -70,9 +70,14 @@ def check_device() -> list:  # of (name, well?, what was found, what to do)
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         device = f"{len(names)} x {names[0]}" if len(set(names)) == 1 else ", ".join(names)
     else: device = "Apple GPU (mps)" if torch.backends.mps.is_available() else "CPU"
+    try:
+        import torchvision
+        pair = "fit together"
+    except Exception as e: pair = f"torchvision does not import: {e}"
     total, free = memory()
     size = "unknown" if total is None else f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} free"
     return [("device", True, device, ""),
+            ("torch, -vision", pair == "fit together", pair, "reinstall torch and torchvision together, from one index"),
             ("cores", True, f"{os.cpu_count()}, torch uses {torch.get_num_threads()}", ""),
             ("memory", total is None or total > 3 * 2**30, size, "3 GiB or more are wanted to train on scenes")]
 
@@ -162,7 +167,7 @@ def segment(
         shares = {t: found.get(t, 0.) for t in [*found, *(t for t in result.labels if t not in found)]}
     else:
         shares = {text: float(result.mask.mean())}
-        print(f"box {result.box}, score {result.score:.3f}")
+        print("nothing found" if result.box is None else f"box {result.box}, score {result.score:.3f}")
     width = max(map(len, shares))
     for name, share in shares.items(): print(f"{name:<{width}} {share:7.1%}")
     return 0
@@ -212,7 +217,7 @@ def train(
     scale="scenes",      # which recipe
     root=None,           # data folder, where the recipe reads one
     resume=False,        # go on from the newest checkpoint in out
-    steps=None,          # instead of the recipe's
+    steps=None,          # instead of the recipe's; the warm-up then takes a tenth of them at most
     seed=None,           # instead of the recipe's
     changes=(),          # "field=value" texts: fields of the model's config instead of the recipe's
     command="",          # what was typed, for the card
@@ -226,6 +231,7 @@ def train(
     from lsbook.text import Vocabulary
     r = training.recipe(method, scale)
     r = r.replace(config=r.config | config_changes(changes), **{k: v for k, v in dict(steps=steps, seed=seed).items() if v is not None})
+    if steps is not None: r = r.replace(warmup=min(r.warmup, steps // 10))
     if r.rows is None: raise ValueError(f"--scale: the recipe {method}/{scale} names no data")
     rows, valid = r.rows(root)
     if r.config.get("words") == []: r = r.replace(config=r.config | dict(words=Vocabulary.from_texts(list(rows["expression"])).words))
@@ -322,7 +328,7 @@ def parser() -> argparse.ArgumentParser:
     def command(name, run, text, method=True):
         p = commands.add_parser(name, help=text, description=text)
         p.set_defaults(run=run)
-        if method: p.add_argument("method", metavar="METHOD", help="a chapter's name: lseg, ...")
+        if method: p.add_argument("method", metavar="METHOD", help="a chapter's name, such as lseg or step")
         return p
     p = command("doctor", doctor, "Check the installation and say what to repair.", method=False)
     p = command("segment", segment, "Segment a picture by words.")
@@ -360,6 +366,7 @@ def main(
     options = vars(parser().parse_args(argv))
     run, debug, name = options.pop("run"), options.pop("debug"), options.pop("command")
     if name == "train": options["command"] = shlex.join(["lsbook", *argv])
+    usual, warnings.formatwarning = warnings.formatwarning, lambda message, *where, **more: f"lsbook {name}: {message}\n"
     try: return run(**options)
     except (KeyboardInterrupt, FloatingPointError, ValueError, TypeError, OSError, ImportError) as e:
         if debug: raise
@@ -367,6 +374,7 @@ def main(
         text = str(e) or type(e).__name__
         text = re.sub(r"fit\(.*resume=True\)", "the same command with --resume", text)  # in a shell's words
         text = text.replace("pass resume=True", "add --resume")
+    finally: warnings.formatwarning = usual
     print(f"lsbook {name}: {' '.join(text.split())}", file=sys.stderr)
     return code
 
