@@ -148,7 +148,7 @@ def test_doctor(method, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "OK   torch" in said and "FAIL fastcore" in said and 'pip install "fastcore<1"' in said and "FAIL no-such-thing" in said
     assert "OK   tomli" in said and "FAIL weights tiny" in said and "lsbook train tiny" in said
-    assert all(re.search(f"OK +{word}", said) for word in ("device", "cores", "memory", "cache"))
+    assert all(re.search(f"OK +{word}", said) for word in ("device", "torch, -vision", "cores", "memory", "cache"))
     monkeypatch.setattr(cli, "needs", lambda: ["torch"])
     monkeypatch.setattr(segmenter, "METHODS", {})
     assert cli.main(["doctor"]) == 0 and "all is well" in capsys.readouterr().out
