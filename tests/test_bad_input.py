@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from test_segmenter import LABELS, Finder, Toy, ToyConfig, methods, noise, toy  # noqa: F401 (fixtures)
 
+import lsbook.images
 from lsbook import segmenter as S
 
 RGB = Image.fromarray(noise(30, 40))
@@ -95,14 +96,14 @@ def test_files(tmp_path, format, options):
     path = tmp_path / f"photo.{format.lower()}"
     path.write_bytes(encoded_file(format, **options))
     for name in (path, str(path)):
-        found = np.asarray(S.to_image(name)).astype(int)
+        found = np.asarray(lsbook.images.to_image(name)).astype(int)
         assert found.shape == (30, 40, 3)
         if format in ("PNG", "BMP", "TIFF", "WEBP"):
             assert (found == noise(30, 40)).all()
 
 
 def test_values_are_right():
-    pixel = lambda im: S.to_image(im).getpixel((0, 0))  # noqa: E731
+    pixel = lambda im: lsbook.images.to_image(im).getpixel((0, 0))  # noqa: E731
     for white in (np.full((2, 2), 65535, np.uint16), np.ones((2, 2)), torch.ones(1, 2, 2)):
         assert pixel(white) == (255, 255, 255)
     assert pixel(Image.fromarray(np.full((2, 2), 257 * 7, np.uint16))) == (7, 7, 7)
@@ -117,10 +118,10 @@ def test_values_are_right():
 
 def test_sixteen_bit_png_and_palette_png(tmp_path):
     Image.fromarray(GREY16).save(tmp_path / "deep.png")
-    assert (np.asarray(S.to_image(tmp_path / "deep.png"))[..., 0] == (GREY16.astype(int) + 128) // 257).all()
+    assert (np.asarray(lsbook.images.to_image(tmp_path / "deep.png"))[..., 0] == (GREY16.astype(int) + 128) // 257).all()
     palette_with_hole().save(tmp_path / "hole.png")
     index = np.asarray(RGB.quantize(8))
-    assert (np.asarray(S.to_image(tmp_path / "hole.png"))[index == 0] == 255).all()
+    assert (np.asarray(lsbook.images.to_image(tmp_path / "hole.png"))[index == 0] == 255).all()
 
 
 def test_the_result_does_not_change_the_callers_image(toy):  # noqa: F811
@@ -200,16 +201,16 @@ def test_damaged_files(tmp_path, kind):
     path = tmp_path / "photo.png"
     path.write_bytes(damaged(kind))
     with pytest.raises(ValueError, match="^image: .*photo.png"):
-        S.to_image(path)
+        lsbook.images.to_image(path)
     with pytest.raises(ValueError, match="folder"):
-        S.to_image(tmp_path)
+        lsbook.images.to_image(tmp_path)
 
 
 def test_unreadable_exif_is_said_and_the_picture_kept():
     image = Image.fromarray(noise(8, 8))
     image.getexif = lambda: 1 / 0
     with pytest.warns(UserWarning, match="^image: .*EXIF"):
-        assert (np.asarray(S.to_image(image)) == noise(8, 8)).all()
+        assert (np.asarray(lsbook.images.to_image(image)) == noise(8, 8)).all()
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

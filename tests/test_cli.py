@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsbook import cli, scenes, segmenter, training
+from lsbook import cli, doctor, scenes, segmenter, training
 from lsbook.segmenter import load, save_weights
 from lsbook.training import Recipe
 from test_training import Tiny, tiny
@@ -143,16 +143,16 @@ def test_bench(method, monkeypatch, capsys):
 
 def test_doctor(method, monkeypatch, capsys):
     monkeypatch.setattr(segmenter, "METHODS", {"tiny": "test_training:Tiny"})
-    monkeypatch.setattr(cli, "needs", lambda: ["torch", "fastcore<1", "no-such-thing>=3", "tomli; python_version < '3.0'"])
+    monkeypatch.setattr(doctor, "needs", lambda: ["torch", "fastcore<1", "no-such-thing>=3", "tomli; python_version < '3.0'"])
     assert cli.main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "OK   torch" in said and "FAIL fastcore" in said and 'pip install "fastcore<1"' in said and "FAIL no-such-thing" in said
     assert "OK   tomli" in said and "FAIL weights tiny" in said and "lsbook train tiny" in said
     assert all(re.search(f"OK +{word}", said) for word in ("device", "torch, -vision", "cores", "memory", "cache"))
-    monkeypatch.setattr(cli, "needs", lambda: ["torch"])
+    monkeypatch.setattr(doctor, "needs", lambda: ["torch"])
     monkeypatch.setattr(segmenter, "METHODS", {})
     assert cli.main(["doctor"]) == 0 and "all is well" in capsys.readouterr().out
-    monkeypatch.setattr(cli, "needs", lambda: [])
+    monkeypatch.setattr(doctor, "needs", lambda: [])
     assert cli.main(["doctor"]) == 1 and "pip install -e ." in capsys.readouterr().out
 
 

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
+import lsbook.files
 from lsbook import data as D
 
 REAL = Path(os.environ.get("LSBOOK_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -155,12 +156,12 @@ def evil(target):
 def test_plain_pickles_of_every_protocol(tmp_path, protocol):
     value = [{"a": (1, 2.5, None, True), "é": ["x", 2**70]}]
     (tmp_path / "p").write_bytes(pickle.dumps(value, protocol))
-    assert D.read_pickle(tmp_path / "p") == value
+    assert lsbook.files.read_pickle(tmp_path / "p") == value
 
 
 def test_python_2_text_is_latin_1(tmp_path):
     (tmp_path / "p").write_bytes(b"\x80\x02]q\x00U\x04caf\xe9q\x01a.")
-    assert D.read_pickle(tmp_path / "p") == ["caf\xe9"]
+    assert lsbook.files.read_pickle(tmp_path / "p") == ["caf\xe9"]
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
@@ -170,7 +171,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
            pickle.dumps(np.zeros(2)), pickle.dumps(Path("x"))]
     for b in bad:
         (tmp_path / "p").write_bytes(b)
-        with pytest.raises(ValueError, match="refused"): D.read_pickle(tmp_path / "p")
+        with pytest.raises(ValueError, match="refused"): lsbook.files.read_pickle(tmp_path / "p")
         assert not target.exists()
     pickle.loads(evil(target))
     assert target.exists()  # so the same bytes do harm through the ordinary reader
@@ -178,8 +179,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 def test_truncated_and_missing_pickles(tmp_path):
     (tmp_path / "p").write_bytes(pickle.dumps([{"a": 1}])[:-4])
-    with pytest.raises(ValueError, match="path: .*p was refused"): D.read_pickle(tmp_path / "p")
-    with pytest.raises(ValueError, match="path: .*is not a file"): D.read_pickle(tmp_path / "q")
+    with pytest.raises(ValueError, match="path: .*p was refused"): lsbook.files.read_pickle(tmp_path / "p")
+    with pytest.raises(ValueError, match="path: .*is not a file"): lsbook.files.read_pickle(tmp_path / "q")
 
 
 # --- masks

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 
-from lsbook.losses import (binary_cross_entropy, box_loss, dice_loss, focal_loss, gather, in_float32, info_nce,
-                           mask_loss, pixel_cross_entropy, tag_loss)
+from lsbook.losses import (binary_cross_entropy, box_loss, dice_loss, focal_loss, gather, in_float32, info_nce, mask_loss,
+        pixel_cross_entropy, tag_loss)
 
 MASK_LOSSES = [binary_cross_entropy, dice_loss, focal_loss, mask_loss]
 

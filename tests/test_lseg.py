@@ -12,7 +12,8 @@ from PIL import Image
 
 from lsbook import evaluate, load, scenes
 from lsbook.lseg import model as lseg
-from lsbook.lseg.model import LSeg, LSegConfig, from_official, our_name, read_checkpoint
+from lsbook.lseg.model import LSeg, LSegConfig
+from lsbook.lseg.official import from_official, our_name, read_checkpoint
 from lsbook.lseg.train import RECIPES, camvid_rows, fold_rows, fss_rows, two_way, zero_shot
 
 

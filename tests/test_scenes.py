@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from lsbook import data
-from lsbook.scenes import (BACKGROUNDS, CLASSES, COLOURS, FAMILIES, HELD_OUT, KINDS, PATTERNS, RGB, SHAPES, SPLITS,
-                           Scene, Thing, box_of, denotes, label_names, label_of, png, rows, scene, words)
+from lsbook.scenes import (BACKGROUNDS, CLASSES, COLOURS, FAMILIES, HELD_OUT, KINDS, PATTERNS, RGB, SHAPES, SPLITS, Scene,
+        Thing, denotes, label_names, label_of, rows, scene, words)
+from lsbook.images import box_of, png
 
 OBJECTS = ("plain", "patterned", "parts")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import lsbook.images
 from lsbook import show
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ PICTURES = {
 
 @pytest.mark.parametrize("kind", PICTURES)
 def test_every_form_of_one_picture_gives_the_same(kind):
-    a = show.rgb(PICTURES[kind])
+    a = lsbook.images.rgb(PICTURES[kind])
     assert a.shape == (H, W, 3) and a.dtype == np.uint8
     assert abs(a.astype(int) - RED).max() <= (1 if kind == "bfloat16" else 0)
     assert show.overlay(PICTURES[kind], MASK).size == (W, H)
@@ -38,7 +39,7 @@ def test_every_form_of_one_picture_gives_the_same(kind):
 def test_pil_modes(mode):
     image = Image.fromarray(np.full((H, W), 40000, np.uint16)) if mode == "I;16" else Image.new("F", (W, H), .5) \
         if mode == "F" else Image.new(mode, (W, H))
-    a = show.rgb(image)
+    a = lsbook.images.rgb(image)
     assert a.shape == (H, W, 3)
     if mode == "I;16": assert a[0, 0, 0] == 155
     if mode == "F": assert a[0, 0, 0] == 128
@@ -52,7 +53,7 @@ def test_pil_modes(mode):
     (np.full((H, W), np.nan), "nan", ValueError), (RED.astype(float), "200", ValueError),
     (RED.astype(int), "int64", ValueError)])
 def test_what_is_no_picture_says_what_came(bad, what, error):
-    for call in (show.rgb, lambda x: show.overlay(x, MASK), lambda x: show.heat(x, MASK),
+    for call in (lsbook.images.rgb, lambda x: show.overlay(x, MASK), lambda x: show.heat(x, MASK),
                  lambda x: show.boxes(x, [0, 0, 1, 1])):
         with pytest.raises(error, match=f"(?s)^image: (?=.*wanted).*{what}"): call(bad)
 

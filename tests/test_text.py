@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lsbook.text import (Bert, BiLSTM, ClipText, Report, TextCache, Vocabulary, WordVectors, check_texts, clip_config,
-                         clip_weights, cut_words, glove_width, load_glove, read_tensors, split_words, text_encoder,
-                         word_vector)
+        clip_weights, cut_words, glove_width, load_glove, split_words, text_encoder, word_vector)
+from lsbook.files import read_tensors
 
 SMALL = dict(embed_dim=16, quick_gelu=True,
              text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))

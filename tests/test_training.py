@@ -16,8 +16,10 @@ from torch import nn
 
 from lsbook import training
 from lsbook.scenes import label_names, rows
-from lsbook.segmenter import SemanticSegmenter, to_image
-from lsbook.training import Batches, Recipe, Stream, complete, experiments, fit, newest_checkpoint, optimizer, parameter_groups, recipe, schedule
+from lsbook.segmenter import SemanticSegmenter
+from lsbook.images import to_image
+from lsbook.training import (Batches, Recipe, Stream, complete, experiments, fit, newest_checkpoint, optimizer, parameter_groups,
+        recipe, schedule)
 
 
 @dataclass(frozen=True)
@@ -344,7 +346,7 @@ def test_recipe_fields_and_lookup():
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(training.loop.tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     fit(tiny(), data()[0], None, RECIPE.replace(steps=2))
     assert not list(tmp_path.iterdir())

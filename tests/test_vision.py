@@ -5,9 +5,9 @@ import pytest
 import torch
 import torchvision
 
-from lsbook.vision import (Normalise, ResNetPyramid, SmallPyramid, ViTFeatures, check_images, conv_block, crop_to,
-                           load_into, map_sizes, pad_to, read_weights, receptive_field, resize_positions,
-                           resnet_weights, spatial_code, timm_vit)
+from lsbook.vision import (Normalise, ResNetPyramid, SmallPyramid, ViTFeatures, check_images, conv_block, crop_to, map_sizes,
+        pad_to, receptive_field, resize_positions, resnet_weights, spatial_code, timm_vit)
+from lsbook.files import load_into, read_weights
 
 TINY = dict(embed_dim=24, depth=3, num_heads=2, img_size=32)
 

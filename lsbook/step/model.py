@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from fastcore.basics import AttrDict, patch
 from torch import Tensor, nn
 from ..losses import mask_loss, pixel_cross_entropy
-from ..segmenter import ReferringSegmenter, check_expressions, to_image
+from ..segmenter import ReferringSegmenter, check_expressions
+from ..images import to_image
 from .coembedding import OUTER, CoEmbedding, Concatenation, Level, attend_words, pixel_weights, reread
 from .convgru import ConvGRU, level_of
 from ..text import BiLSTM, Vocabulary, WordVectors, load_glove

@@ -1,0 +1,4 @@
+"""Rows of four kinds, and the loaders of the field's real datasets: see the notebooks in nbs/data."""
+from .rows import *
+from .referring import *
+from .label_maps import *

@@ -1,0 +1,4 @@
+"""Procedural scenes that come with language: see the notebooks in nbs/scenes."""
+from .shapes import *
+from .drawing import *
+from .language import *

@@ -1,0 +1,3 @@
+"""Recipes, and the loop that follows them: see the notebooks in nbs/training."""
+from .recipes import *
+from .loop import *
