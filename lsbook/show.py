@@ -204,12 +204,12 @@ def style():
 
 # %% ../nbs/show.ipynb #e9a7e50d
 @functools.cache
-def _picture_class():
+def _figure_class():
     "matplotlib's Figure that shows itself in a notebook; made when first needed, so that importing is quick."
     from io import BytesIO
     from matplotlib.figure import Figure
 
-    class Picture(Figure):
+    class NotebookFigure(Figure):
         "A matplotlib Figure that no pyplot knows of: nothing to close, and a cell shows it once, when it is returned."
         def png(self):
             "The figure as PNG bytes, cut to what is drawn."
@@ -219,7 +219,7 @@ def _picture_class():
             return file.getvalue()
         def _repr_mimebundle_(self, include=None, exclude=None):
             return {"image/png": self.png(), "text/plain": f"<Figure: {len(self.axes)} axes>"}
-    return Picture
+    return NotebookFigure
 
 # %% ../nbs/show.ipynb #75c9d0d2
 def blank(
@@ -231,7 +231,7 @@ def blank(
 ):  # Figure, and its axes as `Figure.subplots` gives them
     "A figure and empty axes in the book's style, for a drawing that has no function here."
     with style():
-        fig = _picture_class()(figsize=(width, height), dpi=110, layout="constrained")
+        fig = _figure_class()(figsize=(width, height), dpi=110, layout="constrained")
         return fig, fig.subplots(rows, cols, **kwargs)
 
 # %% ../nbs/show.ipynb #c0058aa1

@@ -13,7 +13,7 @@ from PIL import Image
 from lsbook import evaluate, load, scenes
 from lsbook.lseg import model as lseg
 from lsbook.lseg.model import LSeg, LSegConfig
-from lsbook.lseg.official import from_official, our_name, read_checkpoint
+from lsbook.lseg.official import from_official, convert_name, read_checkpoint
 from lsbook.lseg.train import RECIPES, camvid_rows, fold_rows, fss_rows, two_way, zero_shot
 
 
@@ -86,7 +86,7 @@ def test_every_published_name_is_used_or_named_as_unused(backbone, depth):
     names = names | BLOCK if depth else names
     ours, unused = {}, []
     for name, shape in names.items():
-        new = our_name("net." + name)
+        new = convert_name("net." + name)
         assert new not in ours, new
         unused.append(name) if new is None else ours.update({new: shape})
     with torch.device("meta"):
@@ -107,7 +107,7 @@ def test_a_synthetic_checkpoint_loads_and_gives_its_own_values(tmp_path):
     own = model.state_dict()
     assert not model.training and len(own) + len(unused) == len(state)
     for name, tensor in state.items():
-        new = our_name(name)
+        new = convert_name(name)
         assert new is None or torch.equal(own[new], tensor.float() if tensor.is_floating_point() else tensor)
     with pytest.raises(ValueError, match="depth: 0"):
         from_official(tmp_path / "synthetic.ckpt")
@@ -321,4 +321,4 @@ def test_camvid_rows(real_data):
     ("pretrained.act_postprocess1.0.project.0.weight", "image.neck.reassemble_stage.readout_projects.0.0.weight"),
     ("scratch.layer4_rn.weight", "image.neck.convs.3.weight")])
 def test_equal_shapes_are_not_swapped(theirs, ours):
-    assert our_name("net." + theirs) == ours
+    assert convert_name("net." + theirs) == ours

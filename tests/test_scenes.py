@@ -12,7 +12,7 @@ import pytest
 
 from lsbook import data
 from lsbook.scenes import (BACKGROUNDS, CLASSES, COLOURS, FAMILIES, HELD_OUT, KINDS, PATTERNS, RGB, SHAPES, SPLITS, Scene,
-        Thing, denotes, label_names, label_of, rows, scene, words)
+        SceneObject, referents, label_names, label_of, rows, scene, words)
 from lsbook.images import box_of, png
 
 OBJECTS = ("plain", "patterned", "parts")
@@ -38,7 +38,7 @@ def test_every_expression_denotes_one_thing(many, objects):
         assert expressions, f"scene {s.index} has no expression"
         assert len({text for text, _, _ in expressions}) == len(expressions), "a text twice"
         for text, k, kind in expressions:
-            assert denotes(s, text) == [k], (s.index, text, k, denotes(s, text))
+            assert referents(s, text) == [k], (s.index, text, k, referents(s, text))
             kinds[kind] += 1
             read += 1
     assert read > 3000 and set(kinds) == set(KINDS)
@@ -57,7 +57,7 @@ def test_places_also_hold_for_the_middle_of_mass(many):
         for text, k, kind in s.expressions():
             word = text.split()[1]
             if kind != "superlative" or word in ("smallest", "largest"): continue
-            rivals = denotes(s, "the " + " ".join(text.split()[2:]))
+            rivals = referents(s, "the " + " ".join(text.split()[2:]))
             axis, sign = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1)}[word]
             total += 1
             right += min(rivals, key=lambda j: sign * middles[j][axis]) == k
@@ -70,12 +70,12 @@ def test_all_words_of_an_expression_are_needed(many, objects):
     for s in many[objects][:150]:
         for text, k, kind in s.expressions():
             if kind in ("size", "superlative"):
-                rest = denotes(s, "the " + " ".join(text.split()[2:]))
+                rest = referents(s, "the " + " ".join(text.split()[2:]))
                 assert len(rest) > 1 and k in rest
                 if kind == "superlative": assert len(rest) < len(s.things), "the words between would be idle"
             elif kind == "relation":
                 head = text.split(" left of ")[0].split(" right of ")[0].split(" above ")[0].split(" below ")[0]
-                assert len(denotes(s, head)) > 1
+                assert len(referents(s, head)) > 1
 
 
 def by_hand():
@@ -83,7 +83,7 @@ def by_hand():
     def thing(colour, shape, size, x0, y0, w, visible_w=None):
         mask = np.zeros((64, 64), bool)
         mask[y0:y0 + w, x0:x0 + (visible_w or w)] = True
-        return Thing(colour, shape, size, "plain", (x0 + w / 2, y0 + w / 2), w / 2, w * w, mask, box_of(mask))
+        return SceneObject(colour, shape, size, "plain", (x0 + w / 2, y0 + w / 2), w / 2, w * w, mask, box_of(mask))
     things = [thing("red", "circle", "small", 2, 2, 10), thing("red", "square", "small", 40, 4, 10),
               thing("blue", "square", "small", 4, 40, 10), thing("blue", "square", "large", 36, 34, 20)]
     return Scene(np.zeros((64, 64, 3), np.uint8), things, ["sand"], np.zeros((64, 64), np.uint8), "plain", 0, [.5] * 18)
@@ -102,13 +102,13 @@ def by_hand():
     ("the square left of the square", []), ("the circle above the large thing", [0]),
     ("the leftmost blue thing", [2]), ("the thing below the large blue square", [2])])
 def test_the_reader_on_a_scene_made_by_hand(text, found):
-    assert denotes(by_hand(), text) == found
+    assert referents(by_hand(), text) == found
 
 
 @pytest.mark.parametrize("text", [
     "", "red circle", "the", "the rouge circle", "the circle near the square", "the circle left of it"])
 def test_the_reader_refuses_what_is_not_in_the_language(text):
-    with pytest.raises(ValueError, match="expression"): denotes(by_hand(), text)
+    with pytest.raises(ValueError, match="expression"): referents(by_hand(), text)
 
 
 @pytest.mark.parametrize("objects", OBJECTS)
@@ -245,7 +245,7 @@ def test_any_size(size, objects):
     for i in range(3):
         s = scene(i, size=size, objects=objects)
         assert s.image.shape == (size, size, 3) and s.label_map.shape == (size, size)
-        for text, k, _ in s.expressions(): assert denotes(s, text) == [k]
+        for text, k, _ in s.expressions(): assert referents(s, text) == [k]
         assert all(t.mask.sum() >= 24 * (size / 64) ** 2 for t in s.things)
 
 
@@ -271,7 +271,7 @@ def test_rows_follow_the_schema(task, objects):
         if task == "caption": assert (row["caption"], row["nouns"]) == (s.caption, s.nouns)
         if task == "tags": assert row["tags"] == s.tags
         if task == "referring":
-            found = denotes(s, row["expression"])
+            found = referents(s, row["expression"])
             assert len(found) == 1 and row["kind"] in KINDS and row["box"] == s.things[found[0]].box
             assert np.array_equal(np.asarray(row["mask"]) == 255, s.things[found[0]].mask)
 

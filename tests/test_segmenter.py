@@ -54,7 +54,7 @@ class Toy(S.SemanticSegmenter):
         return torch.stack([torch.randn(self.config.width, generator=g) for g in seeds]).to(self.device, self.dtype)
 
     def label_map(self, encoded, text):
-        return self.restore(torch.einsum("kd,dhw->khw", text, encoded.features), encoded).argmax(0)
+        return self.to_image_size(torch.einsum("kd,dhw->khw", text, encoded.features), encoded).argmax(0)
 
 
 class Finder(S.ReferringSegmenter):
@@ -71,7 +71,7 @@ class Finder(S.ReferringSegmenter):
         return {"rgb": pixel_values * self.weight, "sum": (pixel_values.sum(1),)}
 
     def heatmaps(self, encoded, texts):
-        maps = [self.restore(e.features["rgb"][int("red" not in t)], e) for e, t in zip(encoded, texts)]
+        maps = [self.to_image_size(e.features["rgb"][int("red" not in t)], e) for e, t in zip(encoded, texts)]
         return maps, [(0, 0, 1.5, 2)] * len(maps) if self.own_box else None
 
 
@@ -119,15 +119,15 @@ def test_pixels_are_antialiased_as_torchvision_does_it(toy):
 def test_restore_is_exact_where_nothing_is_resized(toy):
     encoded = S.Encoded(Image.new("RGB", (30, 20)), None, (20, 30), (32, 32), "")
     maps = torch.rand(2, 5, 32, 32)
-    assert torch.equal(toy.restore(maps, encoded), maps[..., :20, :30])
-    assert toy.restore(maps[0, 0].bfloat16(), encoded).dtype == torch.float32
+    assert torch.equal(toy.to_image_size(maps, encoded), maps[..., :20, :30])
+    assert toy.to_image_size(maps[0, 0].bfloat16(), encoded).dtype == torch.float32
 
 
 def test_padding_never_reaches_the_answer(toy):
     encoded = S.Encoded(Image.new("RGB", (90, 60)), None, (20, 30), (32, 32), "")
     maps = torch.zeros(1, 32, 32)
     maps[:, 20:], maps[:, :, 30:] = 1e6, 1e6
-    assert (toy.restore(maps, encoded) == 0).all()
+    assert (toy.to_image_size(maps, encoded) == 0).all()
 
 
 # --- lists, modes, Encoded -----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def literal(m, image, text):
     c, maps = m.config, m.context(m.backbone(image))
     words, mask = m.encode_text([text])
     H = words[0] if mask is None else words[0][mask[0]]
-    P = P0 = m.first(1, 1, (32, 32))
+    P = P0 = m.initial_map(1, 1, (32, 32))
     h, out, seen = torch.zeros(1, c.maps, 32, 32), [], [torch.zeros(1, 32, 32) for _ in maps]
     conv = lambda x, w: F.conv2d(x, w, padding=1)
     bias = lambda b: b.view(1, -1, 1, 1)
@@ -73,7 +73,7 @@ def test_the_fast_form_is_the_printed_one(changes):
     text = "the red circle left of the blue star"
     want = literal(m, torch.from_numpy(scene.image).permute(2, 0, 1)[None] / 255, text)
     e = m.encode_image(scene.image)
-    with torch.no_grad(): got = m.answer([e, e], ["the circle", text])[1]
+    with torch.no_grad(): got = m.run([e, e], ["the circle", text])[1]
     assert len(got) == len(want) == (12 if m.config.top_down else 4)
     for (Q, P), step in zip(want, got):
         assert torch.allclose(m.fuse.heatmap(step.score), Q, atol=1e-5) and torch.allclose(step.logits, P, atol=1e-5)
@@ -93,7 +93,7 @@ def test_every_variant_trains_and_answers(changes):
 def test_the_loss_is_the_sum_of_what_the_config_asks_for():
     m = tiny(supervise="every", dice=.5, raw=2., dense=scenes.label_names())
     batch = m.collate([Expressions(10, 2)[0]])
-    y, steps = batch["masks"], m.steps(m.image_features(batch["images"]), *m.read(batch["texts"]))
+    y, steps = batch["masks"], m.steps(m.image_features(batch["images"]), *m.encode_expressions(batch["texts"]))
     bce = F.binary_cross_entropy_with_logits
     def dice(x, y):
         p = x.sigmoid()
@@ -101,7 +101,7 @@ def test_the_loss_is_the_sum_of_what_the_config_asks_for():
     large = [F.interpolate(s.logits, (64, 64), mode="bilinear") for s in steps]
     every = sum(bce(x, y) + .5 * dice(x, y) for x in large) / 12
     raw = sum(bce(10 * (s.score - .5), F.avg_pool2d(y, 64 // s.score.shape[-1])) for s in steps[:4]) / 4
-    x = m.maps(batch["images"])[0]
+    x = m.feature_maps(batch["images"])[0]
     logits = 10 * torch.einsum("bchw,nc->bnhw", F.normalize(m.label.pixel(x), dim=1), m.label.names)
     label = F.cross_entropy(logits, batch["label_map"][:, 1::2, 1::2])
     want = every + 2 * raw + label
@@ -202,7 +202,7 @@ def test_what_trace_refuses():
 def test_the_loop_compiles_in_one_graph():
     m = tiny()
     with torch.no_grad():
-        levels, words = m.image_features(torch.rand(1, 3, 64, 64)), m.read([["the red circle", "the star"]])
+        levels, words = m.image_features(torch.rand(1, 3, 64, 64)), m.encode_expressions([["the red circle", "the star"]])
         a, b = m.steps(levels, *words), torch.compile(m.steps, fullgraph=True, backend="eager")(levels, *words)
     assert all(torch.allclose(x.logits, y.logits, atol=1e-5) for x, y in zip(a, b))
 
@@ -212,7 +212,7 @@ def test_folds_go_on_where_the_last_ended_and_cost_no_weights():
     assert sum(p.numel() for p in m.parameters()) == sum(p.numel() for p in one.parameters())
     e = m.encode_image(scenes.scene(0).image)
     with torch.no_grad():
-        few, many = (m.answer([e], ["the red circle"], k)[0] for k in (1, 3))
+        few, many = (m.run([e], ["the red circle"], k)[0] for k in (1, 3))
     assert len(few) == 4 and len(many) == 12
     assert all(torch.equal(a.logits, b.logits) for a, b in zip(few, many))
 
@@ -254,7 +254,7 @@ def test_a_training_step_on_a_gpu():
 def test_the_loop_compiles_on_a_gpu():
     m = tiny().cuda()
     with torch.no_grad():
-        levels, words = m.image_features(torch.rand(1, 3, 64, 64, device="cuda")), m.read([["the red circle", "the star"]])
+        levels, words = m.image_features(torch.rand(1, 3, 64, 64, device="cuda")), m.encode_expressions([["the red circle", "the star"]])
         a, b = m.steps(levels, *words), torch.compile(m.steps, fullgraph=True)(levels, *words)
     assert all(torch.allclose(x.logits, y.logits, atol=1e-3) for x, y in zip(a, b))
 

@@ -132,7 +132,7 @@ def test_word_vectors_options():
 
 def test_vocabulary():
     v = Vocabulary.from_texts(["b a", "B c"], min_count=1)
-    assert v.words == ["b", "a", "c"] and v.rows(["c", "zzz"]) == [4, 1]
+    assert v.words == ["b", "a", "c"] and v.ids(["c", "zzz"]) == [4, 1]
     assert Vocabulary.from_texts(["b a", "b c"], min_count=2).words == ["b"]
     with pytest.raises(ValueError, match="'a' twice"): Vocabulary(["a", "b", "a"])
     assert cut_words(["a b c"], 2)[1].dropped == [["c"]] and not cut_words(["a b"], 2)[1]
@@ -189,7 +189,7 @@ def test_bilstm_equals_one_text_at_a_time(join):
     texts = ["a b c", "d", "e f g h a b c d", "h h"]
     features, mask = e.words(texts)
     for row, m, text in zip(features, mask, texts):
-        x = e.embedding(torch.tensor(e.vocabulary.rows(text.split())))[None]
+        x = e.embedding(torch.tensor(e.vocabulary.ids(text.split())))[None]
         plain = e.lstm(x)[0]
         plain = plain if join == "concat" else plain[..., :12] + plain[..., 12:]
         torch.testing.assert_close(row[m], plain[0], atol=1e-6, rtol=1e-5)

@@ -18,7 +18,7 @@ from lsbook import training
 from lsbook.scenes import label_names, rows
 from lsbook.segmenter import SemanticSegmenter
 from lsbook.images import to_image
-from lsbook.training import (Batches, Recipe, Stream, complete, experiments, fit, newest_checkpoint, optimizer, parameter_groups,
+from lsbook.training import (Batches, Recipe, Stream, checkpoint_fault, experiments, fit, newest_checkpoint, optimizer, parameter_groups,
         recipe, schedule)
 
 
@@ -40,10 +40,10 @@ class Tiny(SemanticSegmenter):
 
     def image_features(self, x): return self.net(x)
     def encode_text(self, labels): return torch.tensor([self.config.labels.index(s) for s in labels])
-    def label_map(self, encoded, text): return self.restore(encoded.features[text], encoded).argmax(0)
+    def label_map(self, encoded, text): return self.to_image_size(encoded.features[text], encoded).argmax(0)
 
     def collate(self, rows):
-        x, _ = self.pixel_batch([to_image(r["image"]) for r in rows])
+        x, _ = self.preprocess([to_image(r["image"]) for r in rows])
         y = torch.stack([torch.from_numpy(np.array(r["label_map"])).long() for r in rows])
         if self.noise and random.random() < .5: x, y = x.flip(-1), y.flip(-1)
         return dict(pixel_values=x + self.noise * torch.randn_like(x) * np.random.rand(), label_map=y, texts=["some", "words"])
@@ -177,18 +177,18 @@ def test_resume_on_nothing_starts_and_says_so(tmp_path, capsys):
 def test_incomplete_checkpoints_are_told(tmp_path):
     fit(tiny(), data()[0], None, RECIPE.replace(steps=2), out=tmp_path)
     c = tmp_path / "checkpoint-2"
-    assert complete(c) == ""
+    assert checkpoint_fault(c) == ""
     for name in ("trainer_state.json", "optimizer.pt", "rng_state.pth", "model.safetensors", "scheduler.pt"):
         whole = (c / name).read_bytes()
         (c / name).unlink()
-        assert name in complete(c) or "state" in complete(c)
+        assert name in checkpoint_fault(c) or "state" in checkpoint_fault(c)
         if name != "scheduler.pt":
             (c / name).write_bytes(whole[:len(whole) // 2])
-            assert complete(c), name
+            assert checkpoint_fault(c), name
             said = []
             assert newest_checkpoint(tmp_path, said.append) is None and "checkpoint-2 is incomplete" in said[0]
         (c / name).write_bytes(whole)
-    assert complete(c) == ""
+    assert checkpoint_fault(c) == ""
 
 
 def test_not_a_number_names_the_step(tmp_path):

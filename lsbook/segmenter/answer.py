@@ -158,7 +158,7 @@ class SemanticSegmenter(Segmenter):
         encoded: Encoded,       # one image
         text                    # what `encode_text(labels)` gave
     ) -> torch.Tensor:          # (H, W) integers at the image's own size
-        "The label of each pixel; each method writes it. Scores go to the image's size (`restore`) before the argmax."
+        "The label of each pixel; each method writes it. Scores go to the image's size (`to_image_size`) before the argmax."
         raise NotImplementedError(f"{type(self).__name__}.label_map is not written")
 
 # %% ../../nbs/segmenter/02_answer.ipynb #fb850ec4
@@ -248,7 +248,7 @@ class ReferringSegmenter(Segmenter):
         encoded: list,          # B images
         texts: list             # B expressions, one for each
     ) -> tuple:                 # (B tensors (H, W) in [0, 1] at each image's own size, B boxes xyxy in pixels or None)
-        "Where each expression is; each method writes it. Maps go to the image's size (`restore`) before the threshold."
+        "Where each expression is; each method writes it. Maps go to the image's size (`to_image_size`) before the threshold."
         raise NotImplementedError(f"{type(self).__name__}.heatmaps is not written")
 
 # %% ../../nbs/segmenter/02_answer.ipynb #82d732da

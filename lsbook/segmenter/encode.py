@@ -172,7 +172,7 @@ def padded_size(
 
 # %% ../../nbs/segmenter/01_encode.ipynb #9a45131e
 @patch
-def pixel_batch(
+def preprocess(
     self: Segmenter,
     images: list            # RGB images, also of different sizes
 ) -> tuple:                 # ((B, 3, H, W) float, list of B (h, w))
@@ -201,7 +201,7 @@ class Encoded:
 
 # %% ../../nbs/segmenter/01_encode.ipynb #b58a2c2c
 @patch
-def restore(
+def to_image_size(
     self: Segmenter,
     maps: torch.Tensor,     # (..., h, w) over the padded network input, at any resolution
     encoded: Encoded        # whose image the maps belong to
@@ -275,7 +275,7 @@ def _batches(self: Segmenter, items, batch_size):
                 here = [_each(items[i].features, lambda t: t.to(self.device)) for i in part]
                 yield part, [dataclasses.replace(items[i], features=f) for i, f in zip(part, here)]
                 continue
-            x, sizes = self.pixel_batch([items[i] for i in part])
+            x, sizes = self.preprocess([items[i] for i in part])
             f = self.image_features(x.to(self.device, self.dtype))
             yield part, [Encoded(items[i], _each(f, lambda t: t[j].clone() if len(part) > 1 else t[j]),
                                  sizes[j], key, mark) for j, i in enumerate(part)]

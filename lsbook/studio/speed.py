@@ -129,7 +129,7 @@ def _paper_step():
     words = "the man in a red shirt who stands left of the two dogs that run after one big blue ball".split()
     model = STEP(STEPConfig(words=sorted(set(words)))).eval()
     image, text = torch.rand(1, 3, 320, 320), [[" ".join(words)]]
-    return lambda folds: model.steps(model.image_features(image), *model.read(text), folds)[-1].logits
+    return lambda folds: model.steps(model.image_features(image), *model.encode_expressions(text), folds)[-1].logits
 
 def step_folds_time(repeat=3):
     "Seconds of a whole forward pass, backbone included: K = 5 (ours) against K = 1 (other)"

@@ -54,7 +54,7 @@ class Vocabulary:
     def __contains__(self, word): return word in self.row
     def __repr__(self): return f"Vocabulary({len(self.words)} words + padding + unknown)"
 
-    def rows(self,
+    def ids(self,
         words:list # words
     ) -> list: # their row numbers, 1 for an unknown one
         "Row number of each word."
@@ -182,7 +182,7 @@ class BiLSTM(TextEncoder):
         tokens, _ = self._tokens(texts)
         mask = word_mask([len(t) for t in tokens])
         rows = torch.zeros(mask.shape, dtype=torch.long)
-        rows[mask] = torch.tensor(self.vocabulary.rows(chain(*tokens)))
+        rows[mask] = torch.tensor(self.vocabulary.ids(chain(*tokens)))
         device = self.embedding.weight.device
         return *run_packed(self.lstm, self.embedding(rows.to(device)), mask.to(device)), mask.to(device)
 
