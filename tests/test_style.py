@@ -116,7 +116,7 @@ def options(nb):
             try:
                 ((key, value),) = yaml.safe_load(found[1]).items()
                 meant = found[1].split(":", 1)[1].strip()
-                if not isinstance(value, bool) and str(value) != (json.loads(meant) if meant[:1] == '"' else meant):
+                if meant not in ("true", "false") and str(value) != (json.loads(meant) if meant[:1] == '"' else meant):
                     wrong.append(f"cell {i}: {line[:60]} would be read as {value!r}"[:200])
             except (yaml.YAMLError, ValueError, AttributeError) as error:
                 wrong.append(f"cell {i}: {line[:60]} is no YAML ({str(error).splitlines()[0]})")
