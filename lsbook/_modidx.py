@@ -431,6 +431,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lsbook.show.label_overlay': ('show.html#label_overlay', 'lsbook/show.py'),
                              'lsbook.show.matrix': ('show.html#matrix', 'lsbook/show.py'),
                              'lsbook.show.overlay': ('show.html#overlay', 'lsbook/show.py'),
+                             'lsbook.show.refused': ('show.html#refused', 'lsbook/show.py'),
                              'lsbook.show.style': ('show.html#style', 'lsbook/show.py'),
                              'lsbook.show.versions': ('show.html#versions', 'lsbook/show.py'),
                              'lsbook.show.viridis': ('show.html#viridis', 'lsbook/show.py')},

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OKABE_ITO', 'INK', 'GREY', 'PALE', 'LINES', 'ROOMS', 'METHODS', 'WRITTEN', 'BUILDS_ON', 'colours', 'overlay',
            'viridis', 'heat', 'label_image', 'label_overlay', 'boxes', 'style', 'blank', 'grid', 'matrix', 'curves',
-           'bars', 'book_map', 'versions']
+           'bars', 'book_map', 'refused', 'versions']
 
 # %% ../nbs/show.ipynb #932e360b
 import functools
@@ -472,6 +472,19 @@ def book_map(
         ax.text(2, 3.45, "   ·   ".join(key[2:] if here is None else key), ha="center", va="center", fontsize=8,
                 color="#6a6a6a")
     return fig
+
+# %% ../nbs/show.ipynb #7ccc03de
+def refused(
+    f,          # a function that ought to refuse
+    *args,      # what it is given
+    **kwargs,
+) -> str:  # "ValueError: ...", also printed; "" where it did not refuse
+    "What `f(*args, **kwargs)` says when it refuses: the kind of error and its text."
+    try: f(*args, **kwargs)
+    except Exception as e: said = f"{type(e).__name__}: {e}"
+    else: said = ""
+    print(said)
+    return said
 
 # %% ../nbs/show.ipynb #6cc79136
 def versions():
