@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['word_pieces', 'Bert', 'clip_tokenizer', 'byte_pairs', 'clip_config', 'clip_text_state', 'clip_weights',
-           'load_clip_text', 'ClipText', 'weights_stamp', 'TextCache', 'text_encoder']
+           'load_clip_text', 'ClipText', 'weights_version', 'TextCache', 'text_encoder']
 
 # %% ../../nbs/text/03_pretrained.ipynb #80901e65
 import difflib
 import json
 import warnings
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
+from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from ..files import read_tensors
@@ -245,16 +246,18 @@ class ClipText(TextEncoder):
     def extra_repr(self): return f"dim={self.dim}, context={self.context}, {self.source}"
 
 # %% ../../nbs/text/03_pretrained.ipynb #4b9a84b6
-def weights_stamp(
-    module:nn.Module, # an encoder
-) -> tuple: # the stamp, a list to compare with `==`, and the objects that it speaks of
-    """What changes whenever the weights do: which tensors they are, where they lie, and how often each was written.
+_count, _numbers = count(), WeakKeyDictionary() # every module that was asked for has a number of its own
+
+def weights_version(
+    module:nn.Module, # an encoder, or a whole model
+) -> tuple: # to compare with `==`
+    """What changes whenever the weights do: whose they are, where they lie, and how often each was written.
 
     PyTorch counts the writes to a tensor in `_version`: an optimizer step or `load_state_dict` raises it, a new tensor
     has another `id`, a move or cast another address. Only writes through `tensor.data` leave no trace."""
-    held = [module, *module.parameters(), *module.buffers()]
-    return [id(module)] + [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
-                           for t in held[1:]], held
+    if module not in _numbers: _numbers[module] = next(_count)
+    return _numbers[module], *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
+                               for t in chain(module.parameters(), module.buffers()))
 
 # %% ../../nbs/text/03_pretrained.ipynb #cb2c607b
 class TextCache(nn.Module):
@@ -272,7 +275,7 @@ class TextCache(nn.Module):
         self.encoder, self.chunk, self.encoded = encoder, chunk, 0
         self.clear()
 
-    def clear(self): self._rows, self._stamp, self._held = {}, None, None # forget every text
+    def clear(self): self._rows, self._made_with, self._held = {}, None, None # forget every text
 
     @property
     def dim(self) -> int: return self.encoder.dim
@@ -290,10 +293,11 @@ class TextCache(nn.Module):
         texts, ps = check_texts(texts), list(self.encoder.parameters())
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in ps)
         if ps and (learning or self.encoder.training): return self.encoder(texts)
-        stamp, held = weights_stamp(self.encoder)
-        if stamp != self._stamp: self.clear()
-        self._stamp, self._held = stamp, held # held, so that no id or address is given to another tensor
-        device = held[1].device.type if len(held) > 1 else "cpu"
+        version = weights_version(self.encoder)
+        if version != self._made_with: self.clear()
+        held = [*ps, *self.encoder.buffers()]
+        self._made_with, self._held = version, held # held, so that no id or address is given to another tensor
+        device = held[0].device.type if held else "cpu"
         new = sorted({t for t in texts if t not in self._rows}, key=lambda t: (len(t), t))
         for i in range(0, len(new), self.chunk):
             part = new[i:i+self.chunk]
