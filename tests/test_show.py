@@ -119,17 +119,6 @@ def test_figures():
     with pytest.raises(TypeError, match=r"images\[1\]"): show.grid([RED, "x"])
 
 
-@pytest.mark.parametrize("room", [None, "index", *show.ROOMS])
-def test_the_map_is_readable_at_700_pixels(room):
-    assert size(show.book_map(room))[0] <= 700
-
-
-def test_the_map_knows_the_chapters_that_are_there():
-    with pytest.raises(ValueError, match="kitchen"): show.book_map("kitchen")
-    there = {m for m in show.METHODS if (ROOT / "lsbook" / m / "model.py").exists()}
-    assert there <= set(show.WRITTEN), "a chapter is in the package and not in show.WRITTEN, which draws the map"
-
-
 def test_colours_are_distinct_and_keep_their_place():
     assert show.colours(0) == [] and show.colours(500)[:50] == show.colours(50) and len(set(show.colours(500))) == 500
 
@@ -138,7 +127,7 @@ def test_a_cell_shows_a_figure_once():
     bundle = show.bars({"a": 1}, "y")._repr_mimebundle_()
     assert set(bundle) == {"image/png", "text/plain"}
     code = ("import sys, lsbook.show as s; assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules; "
-            "s.book_map('lseg').png(); assert 'matplotlib.pyplot' not in sys.modules")
+            "s.bars({'a': 1}, 'y').png(); assert 'matplotlib.pyplot' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
