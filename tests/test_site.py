@@ -80,6 +80,18 @@ def test_sidebar_lists_every_notebook_once():
     assert listed[0] == "index.ipynb"
 
 
+def test_pages_hold_only_what_they_can_show_by_themselves(pages):
+    """No HTML, no widgets, no saved widget state: Quarto would add scripts from elsewhere; and each caption once."""
+    for name, (nb, _) in pages.items():
+        assert "widgets" not in nb["metadata"], f"{name} carries widget state"
+        for cell in nb["cells"]:
+            for data in (o.get("data", {}) for o in cell.get("outputs", [])):
+                foreign = [k for k in data if k == "text/html" or "widget" in k or "javascript" in k]
+                assert not foreign, f"{name} shows {foreign}: {''.join(cell['source'])[:80]}"
+                said = "".join(data.get("text/markdown", ""))
+                assert not said or f'"{said[1:-1]}"' not in "".join(cell["source"]), f"{name} says its caption twice: {said[:80]}"
+
+
 def test_configuration_is_found_from_both_folders(project):
     for folder in (project / "nbs", project / "_proc"):
         config = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))
