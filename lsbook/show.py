@@ -13,6 +13,7 @@ import json
 import platform
 import re
 import sys
+import tempfile
 import textwrap
 from importlib import import_module, metadata
 import numpy as np
@@ -48,10 +49,11 @@ def refused(
     *args,      # what it is given
     **kwargs,
 ) -> str:  # "ValueError: ...", also printed; "" where it did not refuse
-    "What `f(*args, **kwargs)` says when it refuses: the kind of error and its text."
+    "What `f(*args, **kwargs)` says when it refuses: kind of error and text, `...` for a temporary folder."
     try: f(*args, **kwargs)
     except Exception as e: said = f"{type(e).__name__}: {e}"
     else: said = ""
+    said = re.sub(re.escape(tempfile.gettempdir()) + r"[/\\][^/\\\s'\"]+", "...", said)
     print(said)
     return said
 
