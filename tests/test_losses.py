@@ -1,5 +1,7 @@
 "Losses: against torch and torchvision on random data, second opinions by gradcheck, several processes, bad input."
-import subprocess, sys
+import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,19 +43,46 @@ def test_mask_losses_gradients_and_extremes(loss):
     assert loss(torch.zeros(0, 4), torch.zeros(0, 4)) == 0
 
 
-@pytest.mark.parametrize("loss", MASK_LOSSES)
-@pytest.mark.parametrize("x, y, error, words", [
-    (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4), ValueError, r"mask.*\(2, 1, 4, 4\).*\(2, 4, 4\)"),
-    (torch.zeros(4), torch.zeros(4, 1), ValueError, "mask"), (torch.tensor(1.), torch.tensor(1.), ValueError, "mask"),
-    (torch.zeros(2, 0), torch.zeros(2, 0), ValueError, "empty"), ([1.], torch.zeros(1), TypeError, "logits.*list"),
-    (torch.zeros(1), None, TypeError, "mask.*NoneType"),
-    (torch.zeros(2, dtype=torch.long), torch.zeros(2), TypeError, "int64")])
-def test_bad_masks(loss, x, y, error, words):
-    with pytest.raises(error, match=words): loss(x, y)
+def by_hand(x, y, epsilon=1.):
+    "The equations on plain numbers: cross-entropy, dice and focal loss of one image."
+    p, n = [1 / (1 + math.exp(-v)) for v in x], len(x)
+    true = [q if t else 1 - q for q, t in zip(p, y)]
+    bce = sum(-math.log(q) for q in true) / n
+    dice = 1 - (2 * sum(q * t for q, t in zip(p, y)) + epsilon) / (sum(p) + sum(y) + epsilon)
+    focal = sum(-(.25 if t else .75) * (1 - q) ** 2 * math.log(q) for q, t in zip(true, y)) / n
+    return bce, dice, focal
 
 
-def test_mask_loss_of_nothing():
-    with pytest.raises(ValueError, match="above 0"): mask_loss(torch.zeros(1, 2), torch.zeros(1, 2), 0, 0, 0)
+def test_defaults_are_the_equations():
+    x, y = [2., -1., 0., .5, -3.], [1, 0, 1, 0, 1]
+    X, Y = torch.tensor([x], dtype=torch.double), torch.tensor([y])
+    bce, dice, focal = by_hand(x, y)
+    for loss, want in ((binary_cross_entropy, bce), (dice_loss, dice), (focal_loss, focal), (mask_loss, bce + dice)):
+        assert loss(X, Y).item() == pytest.approx(want, rel=1e-9), loss.__name__
+    assert dice_loss(X, Y, 3.).item() == pytest.approx(by_hand(x, y, 3.)[1], rel=1e-9)
+    for weights in ((1, 0, 0), (0, 4, 4), (2, 3, 5)): # STEP's, VG-LAW's, and any
+        want = sum(w * v for w, v in zip(weights, (bce, dice, focal)))
+        assert mask_loss(X, Y, *weights).item() == pytest.approx(want, rel=1e-9)
+
+
+def test_dice_weighs_images_alike_and_the_others_pixels():
+    x = torch.tensor([[0., 0, 0, 0], [9, 9, 9, 9]], dtype=torch.double)
+    y = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]])
+    each = [by_hand(a.tolist(), b.tolist()) for a, b in zip(x, y)]
+    for loss, want in zip((binary_cross_entropy, dice_loss, focal_loss), zip(*each)):
+        assert loss(x, y).item() == pytest.approx(sum(want) / 2, rel=1e-9), loss.__name__
+
+
+def test_a_loss_of_weight_0_is_not_computed():
+    nan = torch.full((1, 2), math.nan)
+    assert mask_loss(nan, torch.zeros(1, 2), 0, 0, 0) == 0
+
+
+@pytest.mark.parametrize("loss", [*MASK_LOSSES, tag_loss, box_loss, info_nce])
+def test_nothing_broadcasts(loss):
+    for shape, other in (((2, 1, 4), (2, 4)), ((2, 4), (1, 4)), ((2, 4), (2, 1))):
+        with pytest.raises(ValueError) as e: loss(torch.rand(shape), torch.rand(other))
+        assert str(e.value) == f"target: got shape {other}; wanted {shape}"
 
 
 def test_box_loss_agrees_with_torchvision():
@@ -74,10 +103,14 @@ def test_box_loss_of_points_and_of_nothing():
     assert box_loss(empty, empty.detach()) == 0
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 5), (2, 1, 4)])
-def test_bad_boxes(shape):
-    with pytest.raises(ValueError, match=r"boxes: want \(B, 4\)"): box_loss(torch.rand(shape), torch.rand(shape))
-    with pytest.raises(ValueError, match="target"): box_loss(torch.rand(2, 4), torch.rand(4))
+def test_box_loss_defaults_and_weights_by_hand():
+    a, b = torch.tensor([[.25, .25, .5, .5]]), torch.tensor([[.75, .75, .5, .5]])
+    assert box_loss(a, b).item() == pytest.approx(2.5) # L1 of 1 and 1 - GIoU of 1.5, both of weight 1
+    assert box_loss(a, b, 3, 0).item() == pytest.approx(3) and box_loss(a, b, 0, 2).item() == pytest.approx(3)
+    assert box_loss(a[0], b[0]).item() == pytest.approx(2.5) # one box is one box
+    assert box_loss(torch.cat([a, b]), torch.cat([b, b])).item() == pytest.approx(1.25) # a mean over boxes
+    taller = torch.tensor([[.25, .25, .5, 1.]])
+    assert box_loss(a, taller, 1, 0).item() == pytest.approx(.5) and box_loss(a, taller, 0, 1).item() == pytest.approx(.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
@@ -98,18 +131,22 @@ def test_pixel_cross_entropy_of_nothing(value):
     assert loss == 0 and torch.equal(x.grad, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("x, y, error, words", [
-    (torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 5).long(), ValueError, r"\(1, 3, 4, 4\).*\(1, 4, 5\)"),
-    (torch.zeros(1, 3, 4, 4), torch.zeros(4, 4).long(), ValueError, r"\(4, 4\)"),
-    (torch.zeros(3, 4, 4), torch.zeros(3, 4).long(), ValueError, r"\(3, 4, 4\)"),
-    (torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4), TypeError, "float32"),
-    (torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4).bool(), TypeError, "bool"),
-    (torch.zeros(1, 3, 4, 4).long(), torch.zeros(1, 4, 4).long(), TypeError, "logits.*int64"),
-    (torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 3), ValueError, "0 to 2 or 255"),
-    (torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), -1), ValueError, "0 to 2 or 255"),
-    (torch.zeros(1, 3, 4, 4), [[0]], TypeError, "label_map.*list")])
-def test_bad_label_maps(x, y, error, words):
-    with pytest.raises(error, match=words): pixel_cross_entropy(x, y)
+@pytest.mark.parametrize("x, y", [
+    (torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 5)), (torch.zeros(1, 3, 4, 4), torch.zeros(4, 4)),
+    (torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)), (torch.zeros(2, 3, 4, 4), torch.zeros(1, 4, 4)),
+    (torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), 3)), (torch.zeros(1, 3, 4, 4), torch.full((1, 4, 4), -1))])
+def test_torch_refuses_wrong_label_maps(x, y):
+    with pytest.raises((ValueError, RuntimeError, IndexError)): pixel_cross_entropy(x, y.long())
+
+
+def test_a_label_that_would_be_ignored_is_refused():
+    x, y = torch.zeros(1, 256, 1, 1), torch.zeros(1, 1, 1)
+    with pytest.raises(ValueError, match="ignore: got 255; wanted a value that is none of 256 labels"):
+        pixel_cross_entropy(x, y)
+    with pytest.raises(ValueError, match="ignore: got 0"): pixel_cross_entropy(x, y, 0)
+    assert pixel_cross_entropy(x, y, 256).item() == pytest.approx(math.log(256))
+    assert pixel_cross_entropy(x[:, :255], y).item() == pytest.approx(math.log(255)) # 255 is ignored by default
+    assert pixel_cross_entropy(x[:, :255], torch.full((1, 1, 1), 255)) == 0
 
 
 def test_info_nce_is_the_equation():
@@ -130,9 +167,8 @@ def test_info_nce_edges():
     zero = torch.zeros(2, 4, requires_grad=True)
     info_nce(zero, torch.randn(2, 4)).backward()
     assert zero.grad.isfinite().all()
-    for one, other, name in (((2, 4), (3, 4), "b"), ((4,), (4,), "a"), ((0, 4), (0, 4), "a")):
-        with pytest.raises(ValueError, match=f"^{name}: want"): info_nce(torch.zeros(one), torch.zeros(other))
-    with pytest.raises(TypeError, match="a: want a tensor, got str"): info_nce("image", "text")
+    a, b = torch.randn(2, 3, 4)
+    assert info_nce(a, b) == info_nce(a, b, 1 / .07) # GroupViT's start is the default
 
 
 PROCESSES = """
@@ -181,8 +217,6 @@ def test_tag_loss_agrees_with_torch():
     assert torch.isclose(tag_loss(x, y), F.multilabel_soft_margin_loss(x, y.float()))
     assert torch.isclose(tag_loss(x, y), F.binary_cross_entropy_with_logits(x, y.float()))
     assert tag_loss(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
-    with pytest.raises(ValueError, match="tags"): tag_loss(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match=r"\(B, K\)"): tag_loss(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
 
 
 def calls(device="cpu"):
@@ -206,7 +240,11 @@ def test_float32_under_autocast(name):
 
 def test_in_float32_keeps_names_and_defaults():
     assert dice_loss.__name__ == "dice_loss" and "smooth" in dice_loss.__doc__
-    assert in_float32(lambda a, b=None: a)(torch.zeros(1, dtype=torch.half)).dtype == torch.float32
+    typed = in_float32(lambda a, b=None: (a if b is None else b).dtype)
+    x = torch.zeros(1)
+    for wide in (typed(x.half()), typed(x.bfloat16()), typed(x), typed(x, b=x.half()), typed(x, x.bfloat16())):
+        assert wide == torch.float32
+    assert typed(x.double()) == torch.float64 and typed(x.long()) == torch.int64 # only half precision is widened
 
 
 @pytest.mark.parametrize("name", calls())
