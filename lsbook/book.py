@@ -13,16 +13,18 @@ from pathlib import Path
 from .show import INK, LINES, caption_of
 
 # %% ../nbs/book.ipynb #6bf86597
-def room_imports() -> dict:  # room -> set of the rooms it imports when it is imported
-    "What builds on what, read off the import statements at the top of lsbook's modules."
+def room_imports() -> dict:  # room -> set of the rooms it imports, at its top or inside a function
+    "What builds on what, read off the import statements of lsbook's modules."
     home, out = Path(sys.modules[caption_of.__module__].__file__).parent, {}
     for path in sorted(home.rglob("*.py")):
         parts = path.relative_to(home).with_suffix("").parts
         if parts[0].startswith("_") or parts[-1] == "__init__": continue
         found = out.setdefault(parts[0], set())
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if not isinstance(node, ast.ImportFrom) or node.level != len(parts): continue
-            found |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom): continue
+            if node.level not in (0, len(parts)): continue             # a neighbour in the same room
+            home_of = f"{node.module or ''}.".removeprefix("lsbook.").lstrip(".")
+            found |= {f"{home_of}{a.name}".split(".")[0] for a in node.names}
     return {room: {r for r in found if r in out} - {room} for room, found in out.items()}
 
 # %% ../nbs/book.ipynb #e132187a
@@ -78,6 +80,9 @@ class PageOutputs:
         caption, kept = caption_of(cell.source), []
         for o in cell.get("outputs", []):
             data = o.get("data") or {}
+            if "image/svg+xml" in data:           # into the page itself, where its links can be clicked
+                caption, drawn = "", "".join(data["image/svg+xml"])
+                o["data"] = {"text/markdown": f"```{{=html}}\n{drawn}\n```"}
             if any("widget" in kind or "javascript" in kind for kind in data): continue
             html_too = data.pop("text/html", None)
             if html_too and "".join(data.get("text/plain", "<")).startswith("<"): continue
