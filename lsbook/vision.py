@@ -10,7 +10,7 @@ __all__ = ['receptive_field', 'check_images', 'Normalise', 'pad_to', 'crop_to', 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .files import _is_file, load_into, read_weights
+from .files import is_path, load_tensors, named, read_tensors
 
 # %% ../nbs/vision.ipynb #2459d6ef
 def receptive_field(layers: list, # of (kernel, stride, dilation), first layer first
@@ -127,11 +127,12 @@ class ResNetPyramid(nn.Module):
 
     def load(self, weights) -> list:
         "Load weights by torchvision name or by path; returns the names that were left over (the classifier)"
-        if _is_file(weights): state = read_weights(weights)
+        if is_path(weights):
+            with named("weights"): state = read_tensors(weights)
         else: state = resnet_weights(self.name, weights).get_state_dict(progress=False, check_hash=True)
         if any(k.startswith("backbone.") for k in state): # a segmentation network around the same trunk
             state = {k.removeprefix("backbone."): v for k, v in state.items()}
-        return load_into(self.body, state, unused=("fc.", "classifier.", "aux_classifier."))
+        with named("weights"): return load_tensors(self.body, state, unused=("fc.", "classifier.", "aux_classifier."))
 
     def forward(self, images: torch.Tensor) -> list:
         check_images(images, self.strides[-1])
@@ -256,7 +257,7 @@ class ViTFeatures(nn.Module):
                  **options, # of timm's constructor: embed_dim, depth, num_heads, img_size, patch_size, ...
                 ):
         super().__init__()
-        file = weights is not None and _is_file(weights)
+        file = weights is not None and is_path(weights)
         body = timm_vit(name, None if file else weights, **options)
         if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < len(body.blocks):
             raise ValueError(f"blocks: want rising numbers from 0 to {len(body.blocks) - 1}, got {blocks}")
@@ -270,9 +271,10 @@ class ViTFeatures(nn.Module):
 
     def load(self, path) -> list:
         "Load a timm checkpoint; returns the names left over (final norm, classifier, blocks behind the last look)"
-        state = read_weights(path)
+        with named("weights"): state = read_tensors(path)
         later = {k for k in state if k.startswith("blocks.") and int(k.split(".")[1]) > self.blocks[-1]}
-        return load_into(self.body, state, unused=("head.", "head_dist.", "norm.", "fc_norm.", "pre_logits.", *later))
+        beyond = ("head.", "head_dist.", "norm.", "fc_norm.", "pre_logits.", *later)
+        with named("weights"): return load_tensors(self.body, state, unused=beyond)
 
     def forward(self, images: torch.Tensor) -> list:
         check_images(images, self.patch)

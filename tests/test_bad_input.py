@@ -150,13 +150,11 @@ BAD = {
     "no pixels, PIL": (Image.new("RGB", (0, 5)), ValueError, "no pixels"),
     "no pixels, tensor": (torch.zeros(3, 0, 5), ValueError, "no pixels"),
     "NaN": (torch.full((3, 8, 8), float("nan")), ValueError, "NaN"),
-    "one NaN": (np.where(np.eye(8), np.nan, .5), ValueError, "8 of 64 values are NaN"),
+    "one NaN": (np.where(np.eye(8), np.nan, .5), ValueError, "8 of 64 values NaN"),
     "infinite": (np.full((8, 8), np.inf), ValueError, "infinite"),
     "0..255 as floats": (np.full((8, 8), 200.), ValueError, "divide by 255"),
     "normalised": (torch.full((3, 8, 8), -2.1), ValueError, "normalisation"),
     "int64": (np.zeros((8, 8), int), TypeError, "int64"),
-    "bool": (np.zeros((8, 8), bool), TypeError, "bool"),
-    "bool tensor": (torch.zeros(8, 8, dtype=torch.bool), TypeError, "bool"),
     "complex": (torch.zeros(8, 8, dtype=torch.complex64), TypeError, "complex"),
     "strings": (np.array([["a"]]), TypeError, "<U1"),
     "objects": (np.array([[None]]), TypeError, "object"),
@@ -174,7 +172,7 @@ BAD = {
     "an empty path": ("", FileNotFoundError, "no file"),
     "a very long path": ("x" * 10_000, FileNotFoundError, "no file"),
     "a path with a zero byte": ("a\0b", FileNotFoundError, "no file"),
-    "a bad image in a list": ([noise(8, 8), "no/such/photo.jpg"], FileNotFoundError, r"\[1\]: no file"),
+    "a bad image in a list": ([noise(8, 8), "no/such/photo.jpg"], FileNotFoundError, r"\[1\]: got .no/such/photo.jpg., but there is no file"),
 }
 
 
@@ -343,8 +341,8 @@ def edit(saved, change):
     (lambda s: s.update({"head.weight": torch.zeros(1)}), "1 unexpected: head.weight"),
     (lambda s: s.update({"norm.bias": torch.zeros(9)}), r"of another shape: norm.bias \(9,\) for \(8,\)"),
     (lambda s: s.update({"count": torch.tensor(1.5)}), "of another type: count torch.float32 for torch.int64"),
-    (lambda s: s.update({"norm.bias": torch.full((8,), float("nan"))}), "1 NaN: norm.bias"),
-    (lambda s: s.clear(), "8 missing: conv.bias"),
+    (lambda s: s.update({"norm.bias": torch.full((8,), float("nan"))}), "1 with NaN: norm.bias"),
+    (lambda s: [s.pop(k) for k in list(s)[1:]], "6 missing: conv.bias, conv.weight, norm.bias, norm.running_mean, norm.running_var and 1 more"),
 ])
 def test_tensors_that_do_not_fit(saved, change, says):
     edit(saved, change)
@@ -390,8 +388,6 @@ def test_a_card_in_another_encoding(saved):
 def test_weights_of_another_method(saved, tmp_path):
     with pytest.raises(ValueError, match="holds weights of 'toy'; wanted 'finder'"):
         Finder.from_pretrained(saved)
-    with pytest.raises(ValueError, match="holds weights of 'toy'; wanted 'finder'"):
-        S.read_weights(Finder(ToyConfig(1)), saved)
 
 
 @pytest.mark.parametrize("name, error, says", [

@@ -171,7 +171,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
            pickle.dumps(np.zeros(2)), pickle.dumps(Path("x"))]
     for b in bad:
         (tmp_path / "p").write_bytes(b)
-        with pytest.raises(ValueError, match="refused"): lsbook.files.read_pickle(tmp_path / "p")
+        with pytest.raises(ValueError, match="wanted plain containers"): lsbook.files.read_pickle(tmp_path / "p")
         assert not target.exists()
     pickle.loads(evil(target))
     assert target.exists()  # so the same bytes do harm through the ordinary reader
@@ -179,8 +179,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 def test_truncated_and_missing_pickles(tmp_path):
     (tmp_path / "p").write_bytes(pickle.dumps([{"a": 1}])[:-4])
-    with pytest.raises(ValueError, match="path: .*p was refused"): lsbook.files.read_pickle(tmp_path / "p")
-    with pytest.raises(ValueError, match="path: .*is not a file"): lsbook.files.read_pickle(tmp_path / "q")
+    with pytest.raises(ValueError, match="p.*truncated.*wanted plain containers"): lsbook.files.read_pickle(tmp_path / "p")
+    with pytest.raises(FileNotFoundError, match="is not a file"): lsbook.files.read_pickle(tmp_path / "q")
 
 
 # --- masks
@@ -237,7 +237,7 @@ def test_refer(tmp_path, name, split_by):
 @pytest.mark.parametrize("change, message", [
     (dict(name="refcoco+"), "root, name: .*is not a folder"), (dict(split_by="google"), r"split_by: .*\['unc'\]"),
     (dict(split="testB"), "split: got 'testB', but .*'val': 1"),
-    (dict(images="/nowhere"), "images: '/nowhere' is not a folder")])
+    (dict(images="/nowhere"), "images: got '/nowhere', which is not a folder")])
 def test_refer_says_what_is_wrong(tmp_path, change, message):
     refer_folder(tmp_path)
     with pytest.raises(ValueError, match=message): D.refer(tmp_path, **change)
@@ -254,14 +254,14 @@ def test_refer_stays_in_its_folder(tmp_path, file):
 def test_refer_refuses_the_evil_pickle(tmp_path):
     root = refer_folder(tmp_path)
     (root / "refcoco/refs(unc).p").write_bytes(evil(tmp_path / "made"))
-    with pytest.raises(ValueError, match="refused"): D.refer(root)
+    with pytest.raises(ValueError, match="wanted plain containers"): D.refer(root)
     assert not (tmp_path / "made").exists()
 
 
 def test_refer_broken_files(tmp_path):
     root = refer_folder(tmp_path)
     (root / "refcoco/instances.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match="instances.json: not JSON"): D.refer(root)
+    with pytest.raises(ValueError, match="instances.json: .*not JSON"): D.refer(root)
     (root / "refcoco/instances.json").write_text('{"images": [], "annotations": []}')
     with pytest.raises(ValueError, match="ann_id 1"): D.refer(root)
     (root / "refcoco/refs(unc).p").write_bytes(pickle.dumps({"a": 1}))
@@ -334,7 +334,7 @@ def test_hub_train_split(tmp_path):
     ds = D.refcoco_hub(split="train", repo=tmp_path / "hub", images=tmp_path / "train2014")
     D.check_rows(ds, "referring")
     assert len(ds) == 3 and ds[0]["box"] == [2, 2, 10, 10] and (np.asarray(ds[0]["mask"]) > 0).sum() == 64
-    with pytest.raises(ValueError, match="images: 'None' is not a folder"):
+    with pytest.raises(ValueError, match="images: got 'None', which is not a folder"):
         D.refcoco_hub(split="train", repo=tmp_path / "hub")
     with pytest.raises(ValueError, match="split_by: got 'google'"): D.refcoco_hub(split="train", split_by="google")
     with pytest.raises(ValueError, match="repo: .*has columns"): D.refcoco_hub("refcoco", "val", repo=bench(tmp_path))
@@ -351,7 +351,7 @@ def test_box_expressions(tmp_path):
                                                        "file_name": "a.jpg"}
     picture(tmp_path / "photos/a.jpg")
     D.check_rows(D.box_expressions(tmp_path / "x.jsonl", tmp_path / "photos"), "referring")
-    for bad, message in (("{", "line 1: not JSON"), ('{"image": "a.jpg"}', "line 1: got"), ("", "no lines")):
+    for bad, message in (("{", "line 1: .*not JSON"), ('{"image": "a.jpg"}', "line 1: got"), ("", "no lines")):
         (tmp_path / "bad.jsonl").write_text(bad)
         with pytest.raises(ValueError, match=message): D.box_expressions(tmp_path / "bad.jsonl")
 
@@ -473,7 +473,7 @@ def test_voc(tmp_path):
     assert tags[0]["tags"] == ["person"] and "background" not in D.label_names(tags)
     (tmp_path / "ImageSets/Segmentation/bad.txt").write_text("../../x\n")
     with pytest.raises(ValueError, match="leads out of"): D.voc(tmp_path, "bad")
-    with pytest.raises(ValueError, match="split: .*train.txt' is not a file"): D.voc(tmp_path, "train")
+    with pytest.raises(ValueError, match="split: .*train.txt', which is not a file"): D.voc(tmp_path, "train")
 
 
 def test_coco_polygons(tmp_path):

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 from datasets import Dataset
 from .referring import _map, polygon_mask
-from .rows import _png, _schema, features, label_names, with_names
-from ..files import _IMAGES, _by_stem, _file, _folder, _inside, _json, _need, _text
+from .rows import _IMAGES, _by_stem, _file, _folder, _inside, _json, _need, _schema, _text
+from .rows import features, label_names, with_names
+from ..images import png
 
 # %% ../../nbs/data/03_label_maps.ipynb #0cd80029
 def index_maps(
@@ -138,7 +139,7 @@ def coco_polygons(
         label_map = np.zeros((height, width), np.uint8)
         for mask, c in _outlines(f, width, height, len(names)): label_map[mask] = c + 1
         rows["image"].append(str(photos[f.stem].absolute()))
-        rows["label_map"].append({"path": None, "bytes": _png(Image.fromarray(label_map))})
+        rows["label_map"].append({"path": None, "bytes": png(label_map)})
     return with_names(Dataset.from_dict(rows, features=_schema("semantic")), ["background", *names])
 
 # %% ../../nbs/data/03_label_maps.ipynb #20a1c0de

@@ -6,6 +6,7 @@
 __all__ = ['polygon_mask', 'rle_mask', 'segmentation_mask', 'refer', 'refcoco_hub', 'box_expressions', 'fss1000']
 
 # %% ../../nbs/data/02_referring.ipynb #c226185e
+import io
 import json
 import warnings
 from collections import Counter
@@ -14,8 +15,9 @@ import datasets
 import numpy as np
 from PIL import Image
 from datasets import Dataset, Features, Value
-from .rows import _png, _schema, features
-from ..files import _file, _folder, _inside, _json, _need, _text, read_pickle
+from .rows import _file, _folder, _inside, _json, _need, _schema, _text, features
+from ..files import named, read_pickle
+from ..images import orientation, png, upright, upright_box
 
 # %% ../../nbs/data/02_referring.ipynb #66219a7e
 def _fill(xy, height, width):
@@ -105,23 +107,31 @@ def segmentation_mask(
 
 # %% ../../nbs/data/02_referring.ipynb #5b9f48d4
 def _referring(objects, source):
-    """Referring rows from objects (image, texts, segmentation, box xywh, (height, width)).
+    """Referring rows from objects (image, texts, segmentation, box xywh, (height, width), EXIF note to turn them by).
     A mask is drawn and compressed once per object, then shared by its expressions."""
     rows, blank = {c: [] for c in features("referring")}, 0
-    for image, texts, segmentation, (x, y, w, h), size in objects:
-        mask = {"path": None, "bytes": _png(Image.fromarray(segmentation_mask(segmentation, *size)))}
+    for image, texts, segmentation, (x, y, w, h), size, note in objects:
+        mask = upright(Image.fromarray(segmentation_mask(segmentation, *size)), note)
+        mask, box = {"path": None, "bytes": png(mask)}, upright_box([x, y, x + w, y + h], size[::-1], note)
         for text in texts:
             if not text.strip(): blank += 1; continue
-            for c, v in zip(rows, (image, text, mask, [x, y, x + w, y + h])): rows[c].append(v)
+            for c, v in zip(rows, (image, text, mask, box)): rows[c].append(v)
     if blank: warnings.warn(f"{source}: {blank} blank expressions left out")
     return rows
+
+def _note(photo, height, width):
+    """The EXIF note by which what is drawn on a photograph must be turned; 1 where it was drawn on the upright one.
+    COCO and its tools mean the stored pixels; where only the upright size fits what is annotated, that was meant."""
+    with Image.open(photo) as im: note, stored = orientation(im), im.size
+    return note if stored == (width, height) else 1
 
 # %% ../../nbs/data/02_referring.ipynb #80bb8c63
 def _refs(folder, split_by, split):
     "The refs of one split: dictionaries with image_id, ann_id and sentences."
     there = [f.name[5:-3] for f in sorted(folder.glob("refs(*).p"))]
     _need(split_by in there, f"split_by: got {split_by!r}, but {folder} has refs for {there}")
-    refs, keys = read_pickle(folder / f"refs({split_by}).p"), {"split", "image_id", "ann_id", "sentences"}
+    with named("split_by"): refs = read_pickle(folder / f"refs({split_by}).p")
+    keys = {"split", "image_id", "ann_id", "sentences"}
     _need(isinstance(refs, list) and refs and all(isinstance(r, dict) and keys <= set(r) for r in refs),
           f"split_by: refs({split_by}).p in {folder} is no list of refs with {', '.join(sorted(keys))}")
     splits = Counter(r["split"] for r in refs)
@@ -150,7 +160,7 @@ def refer(
     official = "images/saiapr_tc-12" if name == "refclef" else "images/mscoco/images/train2014"
     images = _folder(images or Path(root) / official, "images", f"the photographs (by default root/{official})")
     photos, shapes = _instances(folder / "instances.json")
-    paths = {}
+    paths, notes = {}, {}
 
     def objects():
         for r in refs:
@@ -160,7 +170,9 @@ def refer(
             file = photo["file_name"]
             if file not in paths: paths[file] = _inside(images, file, "instances.json")
             texts = [t["sent"] if t["sent"].strip() else t.get("raw", "") for t in r["sentences"]]
-            yield paths[file], texts, shape["segmentation"], shape["bbox"], (photo["height"], photo["width"])
+            size = photo["height"], photo["width"]
+            if file not in notes: notes[file] = _note(paths[file], *size)
+            yield paths[file], texts, shape["segmentation"], shape["bbox"], size, notes[file]
 
     return Dataset.from_dict(_referring(objects(), f"refs({split_by}).p"), features=_schema("referring"))
 
@@ -210,9 +222,12 @@ def _hub_rows(batch, images=None):
         else:
             for photo, info, refs in zip(batch["image"], batch["image_info"], batch["ref_list"]):
                 for r in refs: yield photo, info, r["ann_info"], r["ref_info"]["sentences"]
-    flat = ((photo, [t["sent"] for t in sentences], ann["segmentation"], ann["bbox"], (info["height"], info["width"]))
-            for photo, info, ann, sentences in objects())
-    return _referring(flat, "repo")
+    def flat():
+        for photo, info, ann, sentences in objects():
+            size = info["height"], info["width"]
+            note = _note(io.BytesIO(photo["bytes"]) if photo["bytes"] else photo["path"], *size)
+            yield photo, [t["sent"] for t in sentences], ann["segmentation"], ann["bbox"], size, note
+    return _referring(flat(), "repo")
 
 # %% ../../nbs/data/02_referring.ipynb #9f231474
 def box_expressions(

@@ -13,11 +13,13 @@ import warnings
 from collections import Counter
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 import datasets
 import numpy as np
 from PIL import Image
 from datasets import Dataset, Features, Sequence, Value
-from ..files import _need
+from ..files import inside, named, read_json, read_text
+from ..images import to_image, upright
 
 # %% ../../nbs/data/01_rows.ipynb #4cdc1ec1
 def features(
@@ -67,6 +69,40 @@ def label_names(
         raise ValueError(f"ds: its info.description holds no single list of names (it holds {text[:60]!r}); "
                          "wanted rows that went through with_names(ds, names)") from None
     return list(names)
+
+# %% ../../nbs/data/01_rows.ipynb #b7d2419c
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+def _need(ok, message):
+    "Raise `ValueError(message)` unless `ok`."
+    if not ok: raise ValueError(message)
+
+def _folder(path, argument, want):
+    "`path` as a `Path`, or an error naming the argument when it is no folder."
+    _need(isinstance(path, (str, Path)) and Path(path).is_dir(), f"{argument}: got {str(path)!r}, which is not a folder; wanted {want}")
+    return Path(path)
+
+def _file(path, argument, want):
+    "`path` as a `Path`, or an error naming the argument when it is no file."
+    _need(isinstance(path, (str, Path)) and Path(path).is_file(), f"{argument}: got {str(path)!r}, which is not a file; wanted {want}")
+    return Path(path)
+
+def _text(path, argument):
+    with named(argument): return read_text(path)
+
+def _inside(folder, name, source):
+    with named(source): return inside(folder, name)
+
+def _json(text, source):
+    with named(source): return read_json(text)
+
+def _by_stem(folder, argument):
+    "The image files of a folder as a dictionary from the name without its ending."
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _IMAGES and not f.name.startswith("."))
+    found = {f.stem: f for f in files}
+    _need(files, f"{argument}: no image files in {folder}; wanted {', '.join(_IMAGES)}")
+    _need(len(found) == len(files), f"{argument}: {folder} holds two images that differ only in their ending")
+    return found
 
 # %% ../../nbs/data/01_rows.ipynb #62043465
 def check_rows(
@@ -157,11 +193,19 @@ class ImageFile(datasets.Image):
         if not isinstance(value, dict): return value
         name = value.get("path") or "image bytes in the row"
         try:
-            image = super().decode_example(value, *args, **kwargs)
-            if self.kind == "photo": return _rgb(image)
+            image = self._opened(value, *args, **kwargs)
+            if self.kind == "photo": return to_image(image)
+            image = upright(image)
             if self.kind == "mask": return image.convert("L").point(lambda v: 255 if v >= 128 else 0)
             return self._label_map(image) if value.get("path") else image
         except Exception as e: raise ValueError(f"{self.kind} {name}: cannot be read: {type(e).__name__}: {e}") from e
+
+    def _opened(self, value, *args, **kwargs):
+        "The stored picture, not yet turned; what is neither bytes nor a file here is fetched as `datasets` does"
+        if value.get("bytes") is not None: return Image.open(io.BytesIO(value["bytes"]))
+        if not Path(value["path"] or "").is_file(): return super().decode_example(value, *args, **kwargs)
+        with Image.open(value["path"]) as image: image.load()
+        return image
 
     def _label_map(self, image):
         _need(image.mode in ("L", "P", "I", "I;16"), f"mode {image.mode}, wanted an index image (mode L or P)")
@@ -173,18 +217,7 @@ if "ImageFile" not in datasets.features.features._FEATURE_TYPES:  # this noteboo
         warnings.simplefilter("ignore")  # datasets says that registering may change one day
         datasets.features.features.register_feature(ImageFile, "ImageFile")
 
-def _rgb(image):
-    "Any PIL image as RGB; 16-bit grey keeps its upper byte."
-    if image.mode.startswith("I;16"): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
 # %% ../../nbs/data/01_rows.ipynb #69224b2e
-def _png(image):
-    "PNG bytes of a PIL image."
-    out = io.BytesIO()
-    image.save(out, "PNG", compress_level=1)
-    return out.getvalue()
-
 def _schema(task, *, labels=255, first=0, ignore=255):
     "`features(task)` with its image columns read from files."
     kinds = {"image": ImageFile(), "mask": ImageFile(kind="mask"),

@@ -21,7 +21,7 @@ from PIL import Image
 from fastcore.basics import AttrDict, patch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
-from ..images import to_image, to_images
+from ..images import to_images
 
 # %% ../../nbs/segmenter/01_encode.ipynb #fb648143
 METHODS = {  # a finished chapter adds its line here: name -> "module:Class"
@@ -246,18 +246,15 @@ def _inference(model):
 @patch
 def _items(self: Segmenter, image):
     "Images and Encoded, checked: (list, True if one came)"
-    many = isinstance(image, (list, tuple)) and any(isinstance(o, Encoded) for o in image)
-    if not many and not isinstance(image, Encoded): return to_images(image)
-    mark, out = self.mark, []
-    for i, o in enumerate(image if many else [image]):
-        name = f"image[{i}]" if many else "image"
-        if isinstance(o, Encoded) and o.owner != mark:
+    items, one = to_images(image, keep=Encoded)
+    for i, o in enumerate(items):
+        if isinstance(o, Encoded) and o.owner != self.mark:
             theirs = o.owner.split("-")[0]
             why = (f"was encoded by {theirs!r}" if theirs != self.method
                    else "was encoded by another model, or before the weights changed")
-            raise ValueError(f"{name}: this Encoded {why}; encode the image again with this {self.method!r} model")
-        out.append(o if isinstance(o, Encoded) else to_image(o, name))
-    return out, not many
+            raise ValueError(f"image{'' if one else f'[{i}]'}: this Encoded {why}; encode the image again with this "
+                             f"{self.method!r} model")
+    return items, one
 
 # %% ../../nbs/segmenter/01_encode.ipynb #2aab053a
 @patch

@@ -15,7 +15,7 @@ from fastcore.basics import AttrDict, patch
 from torch import Tensor, nn
 from ..losses import mask_loss, pixel_cross_entropy
 from ..segmenter import ReferringSegmenter, check_expressions
-from ..images import to_image
+from ..images import to_images
 from .coembedding import OUTER, CoEmbedding, Concatenation, Level, attend_words, pixel_weights, reread
 from .convgru import ConvGRU, level_of
 from ..text import BiLSTM, Vocabulary, WordVectors, load_glove
@@ -290,7 +290,7 @@ def collate(self: STEP,
     """Referring rows as a batch; with `dense` a row without a label map gets one that does not count.
 
     `ValueError` where a mask or a label map differs from its image in size, the lists differ in length, or are empty."""
-    pictures = [to_image(row["image"], f"rows[{i}]: image") for i, row in enumerate(rows)]
+    pictures, _ = to_images([row["image"] for row in rows])
     images, sizes = self.preprocess(pictures)
     one = [isinstance(row["expression"], str) for row in rows]
     texts = [[row["expression"]] if o else list(row["expression"]) for row, o in zip(rows, one)]
