@@ -18,7 +18,8 @@ import textwrap
 from importlib import import_module, metadata
 import numpy as np
 from PIL import Image
-from .images import _array, rgb
+from .files import named
+from .images import to_array
 
 # %% ../nbs/show.ipynb #989f40af
 OKABE_ITO = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
@@ -58,9 +59,17 @@ def refused(
     return said
 
 # %% ../nbs/show.ipynb #47cf388f
+def _numbers(x):
+    "A PIL image, a tensor on any device, an array or nested lists as an array; a (C, H, W) tensor becomes (H, W, C)."
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = x.float() if x.is_floating_point() else x
+        x = x.permute(1, 2, 0) if x.ndim == 3 else x
+    return np.asarray(x)
+
 def _plane(x, name, hw=None):
     "A mask, heatmap or label map as a 2-D array; of size `hw` where that is given."
-    a = _array(x, name)
+    a = _numbers(x)
     if a.ndim == 3 and a.shape[-1] == 1: a = a[..., 0]
     if a.ndim != 2 or 0 in a.shape: raise ValueError(f"{name}: shape (H, W) is wanted, got {a.shape}")
     if hw is not None and a.shape != tuple(hw):
@@ -88,7 +97,7 @@ def _outline(mask, width=1):
 
 # %% ../nbs/show.ipynb #aded954c
 def overlay(
-    image,                  # picture (see `rgb`)
+    image,                  # picture (see `to_image`)
     mask,                   # bool or float in [0, 1], at the picture's size
     colour=(230, 159, 0),   # RGB, 0-255
     alpha=.55,              # how much of the colour lies over the picture where the mask is 1
@@ -96,7 +105,7 @@ def overlay(
     """The mask laid over its picture as a tint with an outline where it crosses one half.
 
     `ValueError` where the mask has another size than the picture or values outside [0, 1]."""
-    a = rgb(image)
+    a = to_array(image)
     m = _unit(mask, "mask", a.shape[:2])
     tint = (alpha * m)[..., None]
     out = a * (1 - tint) + np.array(colour) * tint
@@ -114,14 +123,14 @@ def viridis(
 
 # %% ../nbs/show.ipynb #07416649
 def heat(
-    image,      # picture (see `rgb`)
+    image,      # picture (see `to_image`)
     heatmap,    # floats in [0, 1]; of any size, stretched over the picture (bilinear)
     alpha=.7,   # how much of the heat lies over the greyed picture
 ):  # PIL.Image
     """A heatmap laid over its picture turned grey. One scale everywhere: dark blue 0, yellow 1.
 
     `ValueError` for values outside [0, 1]: scaling them is the caller's decision, said in the caption."""
-    a = rgb(image)
+    a = to_array(image)
     h = Image.fromarray(_unit(heatmap, "heatmap").astype(np.float32))
     h = np.asarray(h.resize(a.shape[1::-1], Image.Resampling.BILINEAR))
     grey = (a @ np.array([.299, .587, .114]))[..., None]
@@ -153,7 +162,7 @@ def label_image(
 
 # %% ../nbs/show.ipynb #a45a23c5
 def label_overlay(
-    image,      # picture (see `rgb`)
+    image,      # picture (see `to_image`)
     label_map,  # whole numbers (H, W) at the picture's size; 255 = ignore, left uncoloured
     n=None,     # number of labels, where the map may not hold all of them
     alpha=.6,   # how much of the colour lies over the picture
@@ -161,7 +170,7 @@ def label_overlay(
     """The label map laid over its picture, each label in its colour of `colours(n)`.
 
     `ValueError` for another size than the picture's and for labels outside 0..n-1 (255 aside)."""
-    a = rgb(image)
+    a = to_array(image)
     l, palette, known = _labels(label_map, n, a.shape[:2])
     out = a.astype(float)
     out[known] = out[known] * (1 - alpha) + palette[l[known]] * alpha
@@ -175,7 +184,7 @@ def font_file():
 
 # %% ../nbs/show.ipynb #b4300409
 def boxes(
-    image,       # picture (see `rgb`)
+    image,       # picture (see `to_image`)
     boxes,       # N boxes [x0, y0, x1, y1] in pixels, x1 and y1 exclusive; one box alone will do
     names=None,  # N names to write beside them
     scale=None,  # whole number to enlarge the picture by; None: 1, or with names what makes it 256 px wide
@@ -186,8 +195,8 @@ def boxes(
     number of names."""
     import torch
     from torchvision.utils import draw_bounding_boxes
-    a = rgb(image)
-    b = np.asarray(_array(boxes, "boxes") if hasattr(boxes, "detach") else boxes, float).reshape(-1, 4)
+    a = to_array(image)
+    b = np.asarray(_numbers(boxes), float).reshape(-1, 4)
     if not (b[:, :2] <= b[:, 2:]).all():
         raise ValueError(f"boxes: got {b.tolist()}; wanted x0 <= x1 and y0 <= y1")
     if names is not None and len(names) != len(b):
@@ -259,12 +268,12 @@ def blank(
 # %% ../nbs/show.ipynb #c0058aa1
 def _tile(x, i):
     "One picture of a grid: a float map as it is, all else as RGB; whole numbers are label maps."
-    a = _array(x, f"images[{i}]")
+    a = np.empty(0) if isinstance(x, (str, bytes)) else _numbers(x)
     if a.ndim == 3 and a.shape[-1] == 1: a = a[..., 0]
     if a.ndim == 2 and a.dtype.kind == "f": return a.astype(float)
     if a.ndim == 2 and a.dtype.kind in "ui" and a.dtype != np.uint8 and not isinstance(x, Image.Image):
         return np.asarray(label_image(a))
-    return rgb(x, f"images[{i}]")
+    with named(f"images[{i}]"): return to_array(x)
 
 # %% ../nbs/show.ipynb #837b893b
 def _legend(fig, legend, width):
@@ -344,7 +353,7 @@ def matrix(
     More than 30 columns leave no room for numbers: those are drawn as colours alone, with a colour bar.
     `ValueError` where it is not two-dimensional or the names do not fit."""
     import matplotlib
-    a = np.asarray(_array(M, "M") if hasattr(M, "detach") else M, float)
+    a = np.asarray(_numbers(M), float)
     if a.ndim != 2 or 0 in a.shape: raise ValueError(f"M: two dimensions are wanted, got shape {a.shape}")
     for name, given, want in (("rows", rows, a.shape[0]), ("cols", cols, a.shape[1])):
         if given is not None and len(given) != want:
@@ -385,11 +394,11 @@ def curves(
     """Lines over a common axis, told apart by colour and by marker. NaN values leave gaps.
 
     `ValueError` where a line has another length than `x`."""
-    x = np.asarray(_array(x, "x") if hasattr(x, "detach") else list(x), float)
+    x = np.asarray(_numbers(x) if hasattr(x, "detach") else list(x), float)
     with style():
         fig, ax = blank(height=2.8)
         for k, (name, y) in enumerate(ys.items()):
-            y = np.atleast_2d(np.asarray(_array(y, str(name)) if hasattr(y, "detach") else y, float))
+            y = np.atleast_2d(np.asarray(_numbers(y), float))
             if y.shape[-1] != len(x):
                 raise ValueError(f"ys[{name!r}]: {len(x)} numbers are wanted as in x, got shape {y.shape}")
             if len(y) > 1: ax.plot(x, y.T, color=LINES[k % len(LINES)], linewidth=.8, alpha=.45)

@@ -16,7 +16,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 import torch
 from torch import nn
-from ..files import read_tensors
+from ..files import load_tensors, named, read_tensors
 from .words import Report, TextEncoder, WordVectors, check_texts, word_mask
 
 # %% ../../nbs/text/03_pretrained.ipynb #cb9462cd
@@ -187,13 +187,8 @@ def load_clip_text(
     path:str, # checkpoint of a whole CLIP or of a text tower
 ) -> nn.Module: # the tower, with those weights
     "Load a text tower. Weights that are missing, left over or of another shape are a `ValueError` that counts them."
-    state, own = clip_text_state(read_tensors(path)), tower.state_dict()
-    wrong = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(),
-             "of another shape": {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape}}
-    if any(wrong.values()):
-        said = "; ".join(f"{len(v)} {k}, such as {min(v)}" for k, v in wrong.items() if v)
-        raise ValueError(f"path: wanted the weights of this text tower, got {path} with {said}")
-    tower.load_state_dict(state)
+    with named("pretrained"): tensors = clip_text_state(read_tensors(path, skip=("visual.",)))
+    with named(f"pretrained: {str(path)!r}"): load_tensors(tower, tensors)
     return tower
 
 # %% ../../nbs/text/03_pretrained.ipynb #df0799dc
