@@ -40,6 +40,16 @@ def copy_project(to):
     return to
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` skip, saying why, on a machine without a GPU."""
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    if marked:
+        import torch
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here; .ci/gpu runs it on a machine with one"))
+
+
 @pytest.fixture(scope="session")
 def real_data():
     """The folder with CamVid, VOC, COCO and RefCOCO samples, or a skip that says why."""

@@ -251,7 +251,7 @@ def test_bf16_autocast_gives_nearly_the_same_logits():
     assert half.dtype == torch.float32 and (full - half).abs().mean() < .02 * full.abs().max()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.cuda
 def test_the_same_on_a_gpu():
     model, x = small(depth=2), torch.rand(2, 3, 64, 64)
     with torch.no_grad():

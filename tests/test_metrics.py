@@ -268,7 +268,7 @@ def test_nothing_is_printed_where_no_terminal_watches(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_update_never_waits_for_the_gpu():
     pred, truth = (m.cuda() for m in masks(8))
     labels, wrong = torch.randint(0, 9, (2, 64, 64)).cuda()

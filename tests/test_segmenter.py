@@ -375,7 +375,7 @@ def test_copies_keep_working(toy):
     assert same(twin, toy) and pickle.loads(pickle.dumps(toy)).config == toy.config
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.cuda
 def test_on_a_gpu(toy, tmp_path):
     before = toy.segment([noise(48, 48), noise(20, 90)], LABELS)
     loaded = S.load(S.save_weights(toy, tmp_path / "toy.safetensors"), device="cuda")

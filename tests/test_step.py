@@ -225,7 +225,7 @@ def test_the_features_of_an_image_and_the_words_are_computed_once_for_all_folds(
     assert seen.count(1) == 5 and seen.count("words") == 1   # four levels and a backbone; one call of the LSTM
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+gpu = pytest.mark.cuda
 
 
 @gpu

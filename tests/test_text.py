@@ -14,7 +14,7 @@ SMALL = dict(embed_dim=16, quick_gelu=True,
              text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
 TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
 PIECES = "the a red blue circle square left of big ##s".split()
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def quiet(f, *args, **kwargs):
