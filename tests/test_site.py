@@ -92,6 +92,18 @@ def test_pages_hold_only_what_they_can_show_by_themselves(pages):
                 assert not said or f'"{said[1:-1]}"' not in "".join(cell["source"]), f"{name} says its caption twice: {said[:80]}"
 
 
+def test_readme_has_a_row_a_notebook():
+    """The question it answers, its module, its minutes: as the notebooks say them."""
+    rows = re.findall(r"^\| \[(.+?)\]\(nbs/(.+?\.ipynb)\) \| (.+?\?) \| `(.+?)` \| (\d+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    taught = [n for n in NOTEBOOKS if n.removesuffix(".ipynb") not in ("index", "how_to_read", "glossary")]
+    assert sorted(path for _, path, *_ in rows) == taught
+    for title, path, _, module, minutes in rows:
+        cells = json.loads((ROOT / "nbs" / path).read_text(encoding="utf-8"))["cells"]
+        head = "\n".join("".join(c["source"]) for c in cells[:3])
+        assert head.startswith(f"# {title}\n") and f"Reading: {minutes} minutes" in head, path
+        assert module == "lsbook." + re.sub(r"(^|/)\d+_", r"\1", path.removesuffix(".ipynb")).replace("/", ".")
+
+
 def test_configuration_is_found_from_both_folders(project):
     for folder in (project / "nbs", project / "_proc"):
         config = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))
