@@ -17,27 +17,27 @@ def _tensor(x):
     "A PIL image, array or tensor as tensor; 16-bit images as int32, for which torch has every operation."
     if isinstance(x, torch.Tensor): return x
     a = np.array(x)
-    return torch.from_numpy(a.astype(np.int32) if a.dtype in (np.uint16, np.uint32) else a)
+    return torch.from_numpy(a.astype(np.int32) if a.dtype == np.uint16 else a)
 
 # %% ../nbs/metrics.ipynb #ca5c33cd
-def _overlap(pred, target):
-    "How many pixels lie in both masks and in either one: two int64 tensors (...)."
-    masks = []
-    for name, t in (("pred", _tensor(pred)), ("target", _tensor(target))):
-        if t.is_floating_point():
-            raise ValueError(f"{name}: bool or whole numbers are wanted, got {t.dtype}; choose a threshold first")
-        masks.append(t.bool())
-    p, t = masks
-    if p.shape != t.shape or p.ndim < 2:
-        raise ValueError(f"pred, target: one shape (..., H, W) is wanted, got {tuple(p.shape)} and {tuple(t.shape)}")
-    t = t.to(p.device)
-    return (p & t).sum((-2, -1)), (p | t).sum((-2, -1))
+def _pair(pred, target):
+    "Both as tensors of whole numbers, of one shape, on the device of `pred`; else `ValueError`."
+    p, t = _tensor(pred), _tensor(target)
+    if p.is_floating_point() or t.is_floating_point() or p.shape != t.shape:
+        raise ValueError(f"pred, target: got {p.dtype} {tuple(p.shape)} and {t.dtype} {tuple(t.shape)}; "
+                         "wanted whole numbers of one shape (choose a threshold first)")
+    return p, t.to(p.device)
 
 # %% ../nbs/metrics.ipynb #59eaa436
-def _ratio(inter, union):
-    "inter / union in float64 on the CPU, and 1 where the union is empty."
-    inter, union = inter.cpu().double(), union.cpu().double()
-    return torch.where(union > 0, inter / union.clamp(min=1), torch.ones_like(inter))
+def _counts(pred, target):
+    "Pixels in both masks and in either one: int64 (..., 2)."
+    p, t = (x.bool() for x in _pair(pred, target))
+    return torch.stack([(p & t).sum((-2, -1)), (p | t).sum((-2, -1))], -1)
+
+def _ratio(counts):
+    "Intersection over union in float64 on the CPU, and 1 where the union is empty."
+    inter, union = counts.cpu().double().unbind(-1)
+    return torch.where(union > 0, inter / union.clamp(min=1), 1.)
 
 # %% ../nbs/metrics.ipynb #b8926f1f
 def iou(
@@ -47,106 +47,59 @@ def iou(
     """Intersection over union of each pair of masks; 1 where both are empty, 0 where only one of them is.
 
     `ValueError` for floats (no threshold has been chosen) and for two different shapes."""
-    return _ratio(*_overlap(pred, target))
+    return _ratio(_counts(pred, target))
 
 # %% ../nbs/metrics.ipynb #544885ef
 class MaskMeter:
     """Gathers pairs of masks (`update`) and turns them into the referring metrics (`compute`).
 
-    Kept are intersection and union of every pair, on the device the prediction is on, so that `update` never waits for
-    it; and the boxes, where there are any."""
-    TENTHS = (5, 6, 7, 8, 9)  # the bars of Prec@X, in tenths: I / U >= k / 10 is tested as 10 I >= k U
-
+    Kept are intersection and union of every pair, and the boxes, where there are any, on the device of the
+    prediction, so that `update` never waits for it."""
     def __init__(self):
         self.counts, self.kinds, self.boxes = [], [], []
 
-# %% ../nbs/metrics.ipynb #ab134d8a
-def _boxes(b, name, n):
-    "Boxes as float tensor (n, 4)."
-    b = torch.as_tensor(b)
-    if b.shape != (n, 4) and not (n == 1 and b.shape == (4,)):
-        raise ValueError(f"{name}: shape ({n}, 4) is wanted, got {tuple(b.shape)}")
-    return b.detach().reshape(n, 4).float()
-
-# %% ../nbs/metrics.ipynb #e5313d3c
-@patch
-def update(self: MaskMeter,
-    pred,           # bool or whole numbers (H, W) or (N, H, W)
-    target,         # likewise, of the same shape
-    pred_box=None,  # (4,) or (N, 4) xyxy in pixels; None: no box was found, a miss where there is a true one
-    box=None,       # (4,) or (N, 4) the true boxes; None: the pair has none, box precision leaves it out
-    kind=None,      # str, or N of them: the kind of expression, reported apart
-):
-    "Adds one pair of masks or N. `ValueError` for floats, shapes that differ and a wrong number of boxes or kinds."
-    pair = torch.stack(_overlap(pred, target), -1).reshape(-1, 2)
-    kinds = [kind] * len(pair) if kind is None or isinstance(kind, str) else list(kind)
-    if len(kinds) != len(pair): raise ValueError(f"kind: one for each of {len(pair)} pairs is wanted, got {len(kinds)}")
-    if box is not None:
-        box = _boxes(box, "box", len(pair))
-        found = torch.zeros_like(box) if pred_box is None else _boxes(pred_box, "pred_box", len(pair)).to(box.device)
-        self.boxes.append(torch.cat([found, box], -1))
-    self.counts.append(pair)
-    self.kinds += kinds
-
-# %% ../nbs/metrics.ipynb #9160d1ae
-def _world():
-    "This process's number and how many there are (`accelerate launch`, `torchrun`); 0 of 1 alone."
-    d = torch.distributed
-    return (d.get_rank(), d.get_world_size()) if d.is_available() and d.is_initialized() else (0, 1)
-
-# %% ../nbs/metrics.ipynb #6ea98635
-def _gather(x):
-    "What every process holds, as a list in the order of the processes. All of them must call it."
-    if _world()[1] == 1: return [x]
-    out = [None] * _world()[1]
-    torch.distributed.all_gather_object(out, x)
-    return out
-
-# %% ../nbs/metrics.ipynb #62908f9c
-@patch
-def pairs(self: MaskMeter):  # int64 (N, 2), list of N kinds, float (M, 8)
-    "Intersection and union of each pair, its kind, predicted beside true boxes - of all processes: all must call it."
-    joined = lambda parts, empty: torch.cat([p.cpu() for p in parts]) if parts else empty
-    mine = joined(self.counts, torch.zeros(0, 2, dtype=torch.long)), self.kinds, joined(self.boxes, torch.zeros(0, 8))
-    counts, kinds, boxes = zip(*_gather(mine))
-    return torch.cat(counts), sum(kinds, []), torch.cat(boxes)
-
-# %% ../nbs/metrics.ipynb #ac53bd12
-@patch
-def ious(self: MaskMeter):  # float64 (N,)
-    "IoU of every pair, in the order they came - of all processes, which must all call it."
-    return _ratio(*self.pairs()[0].T)
+    def update(self,
+        pred,           # bool or whole numbers (H, W) or (N, H, W)
+        target,         # likewise, of the same shape
+        pred_box=None,  # (4,) or (N, 4) xyxy in pixels; None: none was found, a miss where box is given
+        box=None,       # (4,) or (N, 4) the true boxes; None: there is none, box precision leaves it out
+        kind=None,      # str: the kind of expression, reported apart
+    ):
+        "Adds one pair of masks or N. `ValueError` for floats and for shapes that differ."
+        pair = _counts(pred, target).reshape(-1, 2)
+        if box is not None:
+            if pred_box is None: pred_box = torch.zeros(len(pair), 4)
+            both = [torch.as_tensor(b).detach().float().reshape(len(pair), 4) for b in (pred_box, box)]
+            self.boxes.append(torch.cat([both[0].to(both[1].device), both[1]], -1))
+        self.counts.append(pair)
+        self.kinds += [kind] * len(pair)
 
 # %% ../nbs/metrics.ipynb #ea049f73
 def box_iou(
     pred,    # (N, 4) or (4,): x0, y0, x1, y1 in pixels, x1 and y1 exclusive
     target,  # likewise
 ):  # float64 tensor (N,) or scalar, on the CPU, in [0, 1]
-    """Intersection over union of boxes, pair by pair. A box without area overlaps nothing: 0.
-
-    `ValueError` for two different shapes or a last dimension other than 4."""
+    "Intersection over union of boxes, pair by pair. A box without area overlaps nothing: 0."
     p, t = (torch.as_tensor(b).detach().cpu().double() for b in (pred, target))
-    if p.shape != t.shape or p.ndim not in (1, 2) or p.shape[-1] != 4:
-        raise ValueError(f"boxes: two of shape (N, 4) or (4,) are wanted, got {tuple(p.shape)} and {tuple(t.shape)}")
+    if p.shape != t.shape: raise ValueError(f"boxes: got {[*p.shape]}, {[*t.shape]}; wanted one shape")
     size = lambda b: (b[..., 2:] - b[..., :2]).clamp(min=0).prod(-1)
-    shared = torch.cat([torch.maximum(p[..., :2], t[..., :2]), torch.minimum(p[..., 2:], t[..., 2:])], -1)
-    union = size(p) + size(t) - size(shared)
-    return torch.where(union > 0, size(shared) / torch.where(union > 0, union, 1), 0)
+    shared = size(torch.cat([torch.maximum(p, t)[..., :2], torch.minimum(p, t)[..., 2:]], -1))
+    union = size(p) + size(t) - shared
+    return torch.where(union > 0, shared / torch.where(union > 0, union, 1), 0)
 
 # %% ../nbs/metrics.ipynb #f1c77551
 @patch
 def compute(self: MaskMeter):  # dict of floats in [0, 1]
-    """`mIoU`, `oIoU`, `Prec@0.5` .. `Prec@0.9`; with boxes `box Prec@0.5`; with kinds `mIoU/<kind>`.
-
-    `ValueError` before the first pair. Of several processes all must call it, and all get the same."""
-    counts, kinds, boxes = self.pairs()
-    if not len(counts): raise ValueError("compute: update has not been given any pair of masks yet")
-    (inter, union), each = counts.T, _ratio(*counts.T)
-    out = {"mIoU": each.mean().item(), "oIoU": _ratio(inter.sum(), union.sum()).item()}
-    for k in self.TENTHS: out[f"Prec@0.{k}"] = (10 * inter >= k * union).double().mean().item()
-    if len(boxes): out["box Prec@0.5"] = (box_iou(boxes[:, :4], boxes[:, 4:]) >= .5).double().mean().item()
-    for kind in sorted({k for k in kinds if k is not None}):
-        out[f"mIoU/{kind}"] = each[[k == kind for k in kinds]].mean().item()
+    "`mIoU`, `oIoU`, `Prec@0.5` .. `Prec@0.9`; with boxes `box Prec@0.5`; with kinds `mIoU/<kind>`."
+    counts = torch.cat(self.counts).cpu()
+    each, (inter, union) = _ratio(counts), counts.T
+    out = {"mIoU": each.mean().item(), "oIoU": _ratio(counts.sum(0)).item()}
+    for k in (5, 6, 7, 8, 9): out[f"Prec@0.{k}"] = (10 * inter >= k * union).double().mean().item()
+    if self.boxes:
+        found, true = torch.cat(self.boxes).split(4, -1)
+        out["box Prec@0.5"] = (box_iou(found, true) >= .5).double().mean().item()
+    for kind in sorted(set(self.kinds) - {None}):
+        out[f"mIoU/{kind}"] = each[[k == kind for k in self.kinds]].mean().item()
     return out
 
 # %% ../nbs/metrics.ipynb #afaadb54
@@ -161,53 +114,37 @@ def _to_size(x, size):
 class ConfusionMatrix:
     """Counts pixels by true label (row) and predicted label (column), on the device of the prediction.
 
-    True pixels of `ignore` are left out. A predicted value outside 0..n-1 (255 for "unsure" among them) goes into a
-    column of its own, the last: the pixel counts as wrong. `update` never waits for the device.
-    `ValueError` where `ignore` is one of the n labels."""
+    True pixels of `ignore` are left out. A predicted value outside 0..n-1 (255 for "unsure" among them) goes
+    into a column of its own, the last: the pixel counts as wrong."""
     def __init__(self,
         n: int,             # number of labels
         ignore: int = 255,  # true value to leave out
     ):
-        if n < 1: raise ValueError(f"n: at least one label is wanted, got {n}")
-        if 0 <= ignore < n: raise ValueError(f"ignore: a value outside 0..{n - 1} is wanted, got {ignore}")
-        self.n, self.ignore, self.counts = n, ignore, None
+        if 0 <= ignore < n: raise ValueError(f"ignore: got {ignore}; wanted a value that is no label of {n}")
+        self.n, self.ignore = n, ignore
+        self.counts = torch.zeros((n + 1) ** 2 + 1, dtype=torch.long)      # the last for what is ignored
 
-# %% ../nbs/metrics.ipynb #eead017d
-@patch
-def update(self: ConfusionMatrix,
-    pred,    # whole numbers, any shape: PIL image, array or tensor
-    target,  # whole numbers, the same shape
-):
-    "Adds the pixels of one label map or of a batch. `ValueError` for floats and for shapes that differ."
-    p, t = _tensor(pred), _tensor(target)
-    for name, x in (("pred", p), ("target", t)):
-        if x.is_floating_point(): raise ValueError(f"{name}: a label map of whole numbers is wanted, got {x.dtype}")
-    if p.shape != t.shape:
-        raise ValueError(f"pred: the target's shape {tuple(t.shape)} is wanted, got {tuple(p.shape)}")
-    n, cells = self.n, (self.n + 1) ** 2
-    p, t = p.long().flatten(), t.to(p.device).long().flatten()
-    row, col = (torch.where((x >= 0) & (x < n), x, n) for x in (t, p))
-    cell = torch.where(t == self.ignore, cells, row * (n + 1) + col)      # one more cell for what is ignored
-    if cell.device.type == "cpu": new = torch.bincount(cell, minlength=cells + 1)
-    else: new = cell.new_zeros(cells + 1).scatter_add_(0, cell, torch.ones_like(cell))      # bincount would wait here
-    self.counts = new if self.counts is None else self.counts + new.to(self.counts.device)
+    def update(self,
+        pred,    # whole numbers, any shape: PIL image, array or tensor
+        target,  # whole numbers, the same shape
+    ):
+        "Adds the pixels of a label map or of a batch. `ValueError` for floats and for shapes that differ."
+        n, (p, t) = self.n, (x.long().flatten() for x in _pair(pred, target))
+        row, col = (torch.where((x >= 0) & (x < n), x, n) for x in (t, p))
+        cell = torch.where(t == self.ignore, (n + 1) ** 2, row * (n + 1) + col)
+        self.counts = self.counts.to(p.device).scatter_add(0, cell, torch.ones_like(cell))
 
-# %% ../nbs/metrics.ipynb #7097267a
-@patch
-def matrix(self: ConfusionMatrix):  # int64 (n, n + 1), on the CPU
-    """The counts of all processes together: true by predicted label, the last column for what is no label.
-
-    `ValueError` where a true value was neither a label nor `ignore`. Of several processes all must call it."""
-    mine = torch.zeros((self.n + 1) ** 2 + 1, dtype=torch.long) if self.counts is None else self.counts.cpu()
-    M = sum(_gather(mine))[:-1].reshape(self.n + 1, self.n + 1)
-    if bad := M[-1].sum().item():
-        raise ValueError(f"target: values in 0..{self.n - 1} or {self.ignore} are wanted, {bad} pixels hold others")
-    return M[:-1]
+    def matrix(self):  # int64 (n, n + 1), on the CPU
+        "True by predicted label, last what is no label. `ValueError` where a *true* value was no label."
+        M = self.counts[:-1].reshape(self.n + 1, self.n + 1).cpu()
+        if bad := M[-1].sum().item():
+            raise ValueError(f"target: got {bad} other values; wanted 0..{self.n - 1}, {self.ignore}")
+        return M[:-1]
 
 # %% ../nbs/metrics.ipynb #694ed712
 @patch
 def iou(self: ConfusionMatrix):  # float64 (n,)
-    "IoU of every label; NaN for a label that is neither in the truth nor in any prediction, whose fraction reads 0/0."
+    "IoU of every label; NaN for one that is neither in the truth nor in any prediction."
     M = self.matrix()
     hit = M.diagonal().double()
     union = M.sum(1) + M[:, :-1].sum(0) - hit
@@ -216,83 +153,98 @@ def iou(self: ConfusionMatrix):  # float64 (n,)
 # %% ../nbs/metrics.ipynb #389f81ff
 @patch
 def compute(self: ConfusionMatrix):  # dict of floats in [0, 1]
-    """`mIoU`, over the labels that occur in truth or prediction, and `accuracy`, the share of pixels that are right.
+    "`mIoU`, over the labels that occur in truth or prediction, and `accuracy`, the share of right pixels."
+    M = self.matrix()
+    return {"mIoU": self.iou().nanmean().item(), "accuracy": (M.diagonal().sum() / M.sum()).item()}
 
-    `ValueError` where no pixel was counted. Of several processes all must call it, and all get the same."""
-    M, each = self.matrix(), self.iou()
-    if not M.sum(): raise ValueError("compute: update has not been given any pixel that is not ignored")
-    return {"mIoU": each.nanmean().item(), "accuracy": (M.diagonal().sum() / M.sum()).item()}
+# %% ../nbs/metrics.ipynb #6ea98635
+def _world():
+    "This process's number and how many there are (`accelerate launch`, `torchrun`); 0 of 1 alone."
+    d = torch.distributed
+    return (d.get_rank(), d.get_world_size()) if d.is_available() and d.is_initialized() else (0, 1)
+
+def _everybodys(x):
+    "What every process holds, as a list in the order of the processes. All of them must call it."
+    out = [x] * _world()[1]
+    if len(out) > 1: torch.distributed.all_gather_object(out, x)
+    return out
+
+# %% ../nbs/metrics.ipynb #62908f9c
+@patch
+def gather(self: MaskMeter):
+    "The meter with the pairs of all processes, which must all call it; alone, nothing changes."
+    mine = [c.cpu() for c in self.counts], self.kinds, [b.cpu() for b in self.boxes]
+    self.counts, self.kinds, self.boxes = (sum(parts, []) for parts in zip(*_everybodys(mine)))
+    return self
+
+# %% ../nbs/metrics.ipynb #ac53bd12
+@patch
+def gather(self: ConfusionMatrix):
+    "The table with the counts of all processes, which must all call it; alone, nothing changes."
+    self.counts = sum(_everybodys(self.counts.cpu()))
+    return self
 
 # %% ../nbs/metrics.ipynb #2cfbf8d8
-def _batches(rows, batch_size):
-    "This process's share of the rows - every world-th, none twice - in lists of at most batch_size."
+def _answers(model, rows, batch_size, names=None):
+    "Pairs of a row and what the model says of it, for this process's share of the rows: every world-th."
     rank, world = _world()
-    if hasattr(rows, "select") and hasattr(rows, "__len__"): mine = iter(rows.select(range(rank, len(rows), world)))
-    else: mine = itertools.islice(rows, rank, None, world)
-    while batch := list(itertools.islice(mine, batch_size)): yield batch
+    sized = hasattr(rows, "select") and hasattr(rows, "__len__") # a Dataset: what is skipped is not even read
+    mine = rows.select(range(rank, len(rows), world)) if sized else itertools.islice(rows, rank, None, world)
+    mine = iter(mine)
+    while batch := list(itertools.islice(mine, batch_size)):
+        results = model.segment([r["image"] for r in batch], names or [r["expression"] for r in batch])
+        yield from zip(batch, results, strict=True)
 
 # %% ../nbs/metrics.ipynb #2582ed98
-def _referring(model, batches, size):
-    "The referring metrics of a model over batches of rows."
+def _referring(answers, size):
+    "The referring metrics of pairs of a row and an answer."
     meter = MaskMeter()
-    for batch in batches:
-        results = model.segment([r["image"] for r in batch], [r["expression"] for r in batch])
-        if len(results) != len(batch): raise ValueError(f"model: {len(batch)} results are wanted, got {len(results)}")
-        for row, got in zip(batch, results):
-            truth = _to_size(row["mask"], size) != 0
-            meter.update(_to_size(got.mask, size), truth, getattr(got, "box", None), row.get("box"), row.get("kind"))
-    return meter.compute()
+    for row, got in answers:
+        pred, truth = _to_size(got.mask, size), _to_size(row["mask"], size) != 0
+        meter.update(pred, truth, getattr(got, "box", None), row.get("box"), row.get("kind"))
+    return meter.gather().compute()
 
-# %% ../nbs/metrics.ipynb #5acd3035
-def _semantic(model, batches, size, names):
-    "The semantic metrics of a model over batches of rows."
+def _semantic(answers, size, names, trained):
+    "The semantic metrics of pairs of a row and an answer; `trained`: names that the model has seen, or None."
     table = ConfusionMatrix(len(names), 255 if len(names) <= 255 else 65535)
-    for batch in batches:
-        results = model.segment([r["image"] for r in batch], list(names))
-        if len(results) != len(batch): raise ValueError(f"model: {len(batch)} results are wanted, got {len(results)}")
-        for row, got in zip(batch, results):
-            table.update(_to_size(got.label_map, size), _to_size(row["label_map"], size))
-    each, out = table.iou(), table.compute()
-    trained = getattr(getattr(model, "config", None), "labels", None)
+    for row, got in answers: table.update(_to_size(got.label_map, size), _to_size(row["label_map"], size))
+    each, out = table.gather().iou(), table.compute()
     seen = torch.tensor([not trained or n in trained for n in names])
-    if not seen.all(): out |= {"mIoU/seen": each[seen].nanmean().item(), "mIoU/unseen": each[~seen].nanmean().item()}
+    if not seen.all():
+        out |= {"mIoU/seen": each[seen].nanmean().item(), "mIoU/unseen": each[~seen].nanmean().item()}
     return out | {f"IoU/{name}": value for name, value in zip(names, each.tolist())}
-
-# %% ../nbs/metrics.ipynb #c3a9c3e6
-def _names(rows):
-    "The label names that travel with a data set."
-    from lsbook.data import label_names
-    return label_names(rows)
 
 # %% ../nbs/metrics.ipynb #00b69388
 def evaluate(
-    model,                 # its .segment takes (list of images, list of expressions) or (list of images, names)
+    model,                 # its .segment takes (images, expressions) or (images, names), and returns a list
     rows,                  # referring or semantic rows: datasets.Dataset, IterableDataset or list of dicts
     batch_size: int = 16,  # rows given to .segment at a time
-    size: int = None,      # None: at each image's own size; else prediction and truth are first resized to this square
+    size: int = None,      # None: at each image's own size; else prediction and truth resized to this square
     names: list = None,    # semantic: the label names; None: those that travel with the rows
 ) -> dict:  # str: float
     """What a model scores on rows, through its public interface alone.
 
-    Referring rows give what `MaskMeter.compute` gives; semantic rows `ConfusionMatrix.compute`, `IoU/<label>` (NaN
-    where it does not occur) and, where `model.config.labels` leaves names out, `mIoU/seen` and `mIoU/unseen`. The
-    model is in evaluation mode meanwhile. Several processes share the rows: all must call this, and all get the
-    result. With more than 255 names the ignored value is 65535. `ValueError` for rows of another task, no rows, and
+    Referring rows give what `MaskMeter.compute` gives; semantic rows `ConfusionMatrix.compute`, `IoU/<label>`
+    and, where `model.config.labels` leaves names out, `mIoU/seen` and `mIoU/unseen`. The model is in
+    evaluation mode meanwhile. Several processes share the rows: all must call this, and all get the result.
+    With more than 255 names the ignored value is 65535. `ValueError` for rows of another task, no rows,
     results of another size or number; `TypeError` for rows that can be read only once."""
     from tqdm import tqdm
-    if iter(rows) is rows: raise TypeError("rows: a list or data set is wanted, got an iterator, readable only once")
-    columns = set(getattr(rows, "features", None) or next(iter(rows), {}))
-    if not columns: raise ValueError("rows: at least one is wanted, got none")
+    from lsbook.data import label_names
+    if iter(rows) is rows: raise TypeError("rows: got an iterator, readable once; wanted a list or data set")
+    columns = set(next(iter(rows), {}))
     referring = {"image", "expression", "mask"} <= columns
     if not referring and not {"image", "label_map"} <= columns:
-        raise ValueError(f"rows: image, expression, mask or image, label_map are wanted, got {sorted(columns)}")
-    if not referring and names is None: names = _names(rows)
+        raise ValueError(f"rows: got {sorted(columns)}; wanted image, expression, mask or image, label_map")
+    if not referring: names = list(names or label_names(rows))
     rank, world = _world()
-    total = math.ceil(len(range(rank, len(rows), world)) / batch_size) if hasattr(rows, "__len__") else None
+    total = len(range(rank, len(rows), world)) if hasattr(rows, "__len__") else None
+    answers = tqdm(_answers(model, rows, batch_size, None if referring else names), "evaluate", total,
+                   leave=False, disable=True if rank else None)  # None: a bar where a terminal is watching
     training = getattr(model, "training", False)
     if training: model.eval()
     try:
-        batches = tqdm(_batches(rows, batch_size), "evaluate", total, leave=False, disable=True if rank else None)
-        return _referring(model, batches, size) if referring else _semantic(model, batches, size, names)
+        if referring: return _referring(answers, size)
+        return _semantic(answers, size, names, getattr(getattr(model, "config", None), "labels", None))
     finally:
         if training: model.train()
