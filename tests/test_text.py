@@ -1,5 +1,5 @@
 """lsbook.text: bad input, odd files and larger checks that do not belong in the notebook."""
-import copy, json, os, pickle, subprocess, sys, warnings
+import copy, json, os, pickle, subprocess, sys, unicodedata, warnings
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from torch import nn
 from lsbook.text import (Bert, BiLSTM, ClipText, Report, TextCache, Vocabulary, WordVectors, check_texts, clip_config,
         clip_weights, cut_words, glove_width, load_glove, split_words, text_encoder, word_vector)
 from lsbook.files import read_tensors
+from lsbook.text.words import some
 
 SMALL = dict(embed_dim=16, quick_gelu=True,
              text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
@@ -39,8 +40,9 @@ KINDS = ["words", "bilstm", "bert", "clip"]
 
 
 @pytest.mark.parametrize("bad, error, says", [
-    ("red circle", TypeError, "write ['red circle']"), (None, TypeError, "NoneType"), ({"a": 1}, TypeError, "dict"),
-    ([], ValueError, "at least one"), ([""], ValueError, "texts[0]"), (["a", " \n\t"], ValueError, "texts[1]"),
+    ("red circle", TypeError, "got str 'red circle'; wanted a list"), (None, TypeError, "NoneType"),
+    ({"a": 1}, TypeError, "dict"), ([], ValueError, "at least one"), ([""], ValueError, "texts[0]"),
+    (["a", " \n\t"], ValueError, "texts[1]"), (["a", "\u200b\u00a0"], ValueError, "texts[1]"),
     (["a", 3], TypeError, "texts[1]"), (["a", None], TypeError, "NoneType"), ([b"a"], TypeError, "bytes")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_texts(all_encoders, kind, bad, error, says):
@@ -51,7 +53,7 @@ def test_bad_texts(all_encoders, kind, bad, error, says):
 
 @pytest.mark.parametrize("kind", ["words", "bilstm"])
 def test_text_without_words(all_encoders, kind):
-    with pytest.raises(ValueError, match=r"texts\[1\].*letter or digit"): all_encoders[kind](["red", "?!"])
+    with pytest.raises(ValueError, match=r"'\?!'.*letter or digit"): all_encoders[kind](["red", "?!"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,7 +90,8 @@ def test_odd_texts(all_encoders, kind):
 def test_500_words_are_cut_and_said():
     long = "circle " * 499 + "red"
     for e, room in ((encoders()["bilstm"], 20), (encoders()["bert"], 38), (encoders()["clip"], 75)):
-        with pytest.warns(UserWarning, match=rf"cut.*loses.*\({500 - room} in all\)"): report = e.check([long, "red"])
+        with pytest.warns(UserWarning, match=rf"cut.*loses.*\({500 - room} in all\)"): e([long, "red"])
+        report = e.check([long, "red"])
         assert report.truncated == [long] and len(report.dropped[0]) == 500 - room and report.dropped[0][-1] == "red"
         with torch.no_grad():
             torch.testing.assert_close(quiet(e, [long]), quiet(e, ["circle " * room]), atol=1e-5, rtol=1e-5)
@@ -108,8 +111,28 @@ def test_only_unknown_words_are_said_and_answered():
 def test_warning_stays_short():
     words = [f"w{i}" for i in range(1000)]
     texts = [" ".join(words[i:i+20]) for i in range(0, 1000, 20)]
-    with pytest.warns(UserWarning) as caught: encoders()["bilstm"].check(texts)
+    with pytest.warns(UserWarning) as caught: encoders()["bilstm"](texts)
     assert "(1000 in all)" in str(caught[0].message) and len(str(caught[0].message)) < 400
+
+
+def test_many_cut_texts_are_counted():
+    report = str(Report([], [f"t{i}" for i in range(5)], [["w"]] * 5))
+    assert report.count("loses w") == 3 and report.endswith("5 texts cut in all")
+    assert "all" not in str(Report([], ["t"] * 3, [["w"]] * 3))
+    assert some(list("abcdefgh")) == "a, b, c, d, e, f, g, h" and some(list("abcdefghi")).endswith("h, ... (9 in all)")
+    assert some(["w" * 40]) == "w" * 40
+
+
+@pytest.mark.parametrize("text", ["हिन्दी", "की", "ภาษาไทย", "cafe\u0301", "می\u200cخواهم"])
+def test_a_word_keeps_its_marks(text):
+    assert split_words(f"({text}), {text}!") == [unicodedata.normalize("NFC", text)] * 2
+
+
+def test_accents_written_in_two_ways_are_one_word():
+    assert split_words("CAFE\u0301") == split_words("café") == ["café"]
+    assert split_words("❤\ufe0f red") == ["red"]                    # a mark alone is no word
+    vectors = quiet(WordVectors(["a"]), ["की", "के", "cafe\u0301", "caf\u00e9"])
+    assert not torch.equal(vectors[0], vectors[1]) and torch.equal(vectors[2], vectors[3])
 
 
 def test_word_vectors_are_the_same_in_another_process():
@@ -123,9 +146,8 @@ def test_word_vectors_are_the_same_in_another_process():
 
 def test_word_vectors_options():
     assert not WordVectors(["red"]).state_dict()
-    for dim in (0, -1, 2.5):
-        with pytest.raises(ValueError, match="dim"): WordVectors(["red"], dim=dim)
-    with pytest.raises(ValueError, match="words"): WordVectors([])
+    assert WordVectors(["red"]).dim == 64 and WordVectors(["red"]).seed == 0
+    with pytest.raises(ValueError, match="at least one text"): WordVectors([])
     a = WordVectors(["red"]).half()(["red", "red"])
     assert a.dtype == torch.float16
 
@@ -134,7 +156,8 @@ def test_vocabulary():
     v = Vocabulary.from_texts(["b a", "B c"], min_count=1)
     assert v.words == ["b", "a", "c"] and v.ids(["c", "zzz"]) == [4, 1]
     assert Vocabulary.from_texts(["b a", "b c"], min_count=2).words == ["b"]
-    with pytest.raises(ValueError, match="'a' twice"): Vocabulary(["a", "b", "a"])
+    assert Vocabulary.from_texts(["b a a", "d c c"]).words == ["a", "c", "b", "d"]
+    with pytest.raises(ValueError, match="words: got a more than once"): Vocabulary(["a", "b", "a"])
     assert cut_words(["a b c"], 2)[1].dropped == [["c"]] and not cut_words(["a b"], 2)[1]
     assert split_words("left-most don't 3rd_one") == ["left", "most", "don", "t", "3rd", "one"]
 
@@ -157,6 +180,20 @@ def test_glove_reads(tmp_path):
         assert np.allclose(g.vectors[2:202], np.stack(list(table.values())), atol=1e-6)
         assert g.vectors[202].tolist() == [1, 2, 3, 4, 5] and g.vectors[203].tolist() == [2, 3, 4, 5, 6]
     assert torch.equal(g.vectors, quiet(load_glove, tmp_path/"glove.txt", wanted).vectors)       # missing ones too
+    many = quiet(load_glove, tmp_path/"glove.txt", [*table, *(f"missing{i}" for i in range(500))]).vectors
+    assert abs(many[-500:].std() / many[2:202].std() - 1) < .1 and not torch.equal(
+        many[-1], quiet(load_glove, tmp_path/"glove.txt", [*table, *(f"missing{i}" for i in range(500))], seed=1).vectors[-1])
+
+
+def test_glove_of_another_width_is_refused(tmp_path):
+    path = glove_file(tmp_path, [f"{w} " + " ".join(["0.1"] * 300) for w in ("red", "circle", "grass")])
+    assert load_glove(path, ["red"], dim=300).vectors.shape == (3, 300)
+    with pytest.raises(ValueError, match="dim: got 50; wanted 300"): load_glove(path, ["red"], dim=50)
+
+
+def test_glove_may_begin_with_a_byte_order_mark(tmp_path):
+    path = glove_file(tmp_path, ["\ufeffa 1 2 3", "b 4 5 6"])
+    assert load_glove(path, ["a", "b"]).found == ["a", "b"]
 
 
 def test_glove_first_line_may_be_the_odd_one(tmp_path):
@@ -174,7 +211,7 @@ def test_glove_malformed_lines_are_numbered(tmp_path):
 
 
 def test_glove_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.pt"): load_glove(tmp_path/"none.txt", ["a"])
+    with pytest.raises(FileNotFoundError, match="none.txt"): load_glove(tmp_path/"none.txt", ["a"])
     with pytest.raises(ValueError, match="path"): load_glove(glove_file(tmp_path, [""]), ["a"])
     with pytest.raises(ValueError, match="path"): load_glove(glove_file(tmp_path, ["a", "b"]), ["a"])
     path = tmp_path/"binary"
@@ -211,11 +248,13 @@ def test_bilstm_learns_order_and_pads_get_no_gradient():
 def test_bilstm_options():
     frozen = BiLSTM(["a"], dim=4, embed=3, train_words=False)
     assert not frozen.embedding.weight.requires_grad and frozen.lstm.weight_hh_l0.requires_grad
-    for options, name in ((dict(dim=5), "dim"), (dict(dim=0), "dim"), (dict(join="mean"), "join"),
-                          (dict(max_words=0), "max_words")):
+    for options, name in ((dict(dim=5), "dim"), (dict(join="mean"), "join"), (dict(dim=0), "hidden_size")):
         with pytest.raises(ValueError, match=name): BiLSTM(["a"], **options)
     assert BiLSTM(["a"], dim=5, join="sum").lstm.hidden_size == 5
-    with pytest.raises(ValueError, match="glove"):
+    e = BiLSTM(["a"])
+    assert (e.dim, e.join, e.max_words, e.lstm.hidden_size, e.lstm.input_size) == (256, "concat", 20, 128, 300)
+    assert e.embedding.weight.requires_grad and len(e(["a"])[0]) == 256
+    with pytest.raises(RuntimeError, match="size mismatch"):
         BiLSTM(["a"], glove=type("G", (), {"vectors": torch.zeros(9, 3)})())
     copied = copy.deepcopy(frozen)
     assert torch.equal(copied(["a"]), frozen(["a"]))
@@ -438,7 +477,9 @@ def test_specs(tmp_path):
     assert text_encoder(f"bert:{tmp_path}", layers=1, frozen=True).frozen
 
 
-def test_check_texts_takes_tuples(): assert check_texts(("a", "b")) == ["a", "b"]
+def test_check_texts_takes_tuples_and_a_name():
+    assert check_texts(("a", "b")) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"^labels\[1\]: got the blank ''; wanted words$"): check_texts(["a", ""], "labels")
 
 
 def test_import_is_light():
