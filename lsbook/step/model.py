@@ -360,7 +360,7 @@ def trace(self: STEP,
     if isinstance(encoded, list) or len(texts) != 1: raise ValueError("image, expression: one of each is wanted, got a list")
     steps = self.run([encoded], texts, folds)[0]
     whole = lambda maps: torch.stack([self.to_image_size(m, encoded) for m in maps]).float()
-    words = self.text._read(texts)[0][0]
+    words = self.text.tokens(texts)[0]
     Q, P = whole([self.fuse.heatmap(s.score) for s in steps]), whole([s.logits for s in steps]).sigmoid()
     return Trace(Q.cpu().numpy(), P.cpu().numpy(), words,
                  torch.stack([s.words for s in steps]).float().cpu().numpy()[:, :len(words)],

@@ -84,10 +84,10 @@ class Bert(TextEncoder):
         self.tokenizer.model_max_length = 10**9 # the cut is made, and said, by word_pieces
         self.requires_grad_(not frozen).train()
 
-    def _read(self, texts): return word_pieces(self.tokenizer, texts, self.max_tokens)
+    def read(self, texts): return word_pieces(self.tokenizer, texts, self.max_tokens)
 
     def words(self, texts): # -> features (N, L, dim) and mask (N, L), True for [CLS], pieces and [SEP]
-        tokens, _ = self._tokens(texts)
+        tokens = self.tokens(texts)
         mask = word_mask([len(t) for t in tokens])
         ids = torch.full(mask.shape, self.tokenizer.pad_token_id)
         ids[mask] = torch.tensor([*chain(*tokens)])
@@ -215,14 +215,14 @@ class ClipText(TextEncoder):
         self._options = tuple(config["text_cfg"].get("tokenizer_kwargs", {}).items())
         self.requires_grad_(not frozen).train()
 
-    def _read(self, texts): return byte_pairs(clip_tokenizer(self.context, self._options), texts)
+    def read(self, texts): return byte_pairs(clip_tokenizer(self.context, self._options), texts)
 
     def token_ids(self,
         texts:list, # N strings
         pad:bool=None, # True: to the full context; None: as the encoder was built
     ) -> torch.Tensor: # (N, L) int64: start, byte pairs, end, zeros
         "The token ids that the tower is given."
-        return self._ids(self._tokens(texts)[0], pad)
+        return self._ids(self.tokens(texts), pad)
 
     def _ids(self, tokens, pad):
         length = self.context if (self.pad if pad is None else pad) else max(map(len, tokens))
@@ -230,7 +230,7 @@ class ClipText(TextEncoder):
         return ids.to(self.tower.positional_embedding.device)
 
     def forward(self, texts, pad=None): # N strings -> (N, dim)
-        ids, t = self._ids(self._tokens(texts)[0], pad), self.tower
+        ids, t = self._ids(self.tokens(texts), pad), self.tower
         n, rows = ids.shape[1], torch.arange(len(ids), device=ids.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             x = t.token_embedding(ids) + t.positional_embedding[:n]
