@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'in_turns', 'PeakBytes', 'peak_bytes', 'new_labels', 'text_length', 'thousand_labels',
-           'step_text_attention', 'step_folds_time', 'step_folds_memory']
+           'step_text_attention', 'step_folds_time', 'step_folds_memory', 'Bench', 'measure']
 
 # %% ../../nbs/studio/03_speed.ipynb #f6406a28
 import functools
+import math
 import statistics
 import time
 import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +37,7 @@ def in_turns(
 
 # %% ../../nbs/studio/03_speed.ipynb #3e9f0a7f
 class PeakBytes(TorchDispatchMode):
-    "The most bytes that tensors made inside the block held at one time: `with PeakBytes() as p: ...; p.peak`."
+    "The most bytes that tensors made inside the block held at a time: `with PeakBytes() as p: ...; p.peak`."
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
@@ -41,10 +45,11 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {a.untyped_storage().data_ptr() for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)}
-        for t in tree_leaves(out):
-            if not isinstance(t, torch.Tensor) or (s := t.untyped_storage()) in self.known or s.data_ptr() in given: continue
-            self.known.add(s)                        # a storage of its own, neither a view of an argument nor written into one
+        tensors = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+        for s in (t.untyped_storage() for t in tensors(out)):
+            if s in self.known or s.data_ptr() in given: continue    # seen before, or a view of an argument
+            self.known.add(s)
             self.now += s.nbytes()
             self.peak = max(self.peak, self.now)
             weakref.finalize(s, self.drop, s.nbytes())
@@ -74,8 +79,9 @@ def _labels(n):
     "n labels as people write them, none twice"
     from lsbook.data import COCO_NAMES
     from lsbook.scenes import COLOURS
-    return (COCO_NAMES + [f"{c} {name}" for c in COLOURS for name in COCO_NAMES] +
-            [f"{c} and {d} {name}" for c in COLOURS for d in COLOURS for name in COCO_NAMES])[:n]
+    one = [f"{c} {name}" for c in COLOURS for name in COCO_NAMES]
+    two = [f"{c} and {name}" for c in COLOURS for name in one]
+    return (COCO_NAMES + one + two)[:n]
 
 def new_labels(n):
     "Seconds for n labels never asked before on an encoded image, and for a full forward with them."
@@ -118,7 +124,7 @@ def step_text_attention(repeat=25):
     ours = lambda: reread(attend_words(v, word(h), pixel), p, h)[0][0, 0]
     other = lambda: reread_literal(pixels, h[0, 0], p[0, 0], as_linear, word)
     with torch.inference_mode():
-        assert torch.allclose(ours(), other(), atol=1e-5)
+        assert torch.allclose(ours(), other(), atol=1e-5)           # the same numbers before any are timed
         return in_turns(ours, other, repeat)
 
 # %% ../../nbs/studio/03_speed.ipynb #e53311a2
@@ -126,10 +132,11 @@ def _paper_step():
     "STEP at the paper's size with random weights, one image of 320 x 320, and the words of one expression"
     from lsbook.step.model import STEP, STEPConfig
     torch.manual_seed(0)
-    words = "the man in a red shirt who stands left of the two dogs that run after one big blue ball".split()
-    model = STEP(STEPConfig(words=sorted(set(words)))).eval()
-    image, text = torch.rand(1, 3, 320, 320), [[" ".join(words)]]
-    return lambda folds: model.steps(model.image_features(image), *model.encode_expressions(text), folds)[-1].logits
+    text = "the man in a red shirt who stands left of the two dogs that run after one big blue ball"
+    model, image = STEP(STEPConfig(words=sorted(set(text.split())))).eval(), torch.rand(1, 3, 320, 320)
+    def run(folds):
+        return model.steps(model.image_features(image), *model.encode_expressions([[text]]), folds)[-1].logits
+    return run
 
 def step_folds_time(repeat=3):
     "Seconds of a whole forward pass, backbone included: K = 5 (ours) against K = 1 (other)"
@@ -142,12 +149,41 @@ def step_folds_memory():
     with torch.inference_mode(): return tuple(peak_bytes(lambda: run(folds)) for folds in (5, 1))
 
 # %% ../../nbs/studio/03_speed.ipynb #ac1c9d5b
-BENCHES = {  # name -> function returning (ours, other), in seconds or bytes
-    "lseg/5-new-labels": functools.partial(new_labels, 5),
-    "lseg/150-new-labels": functools.partial(new_labels, 150),
-    "lseg/text-length": text_length,
-    "lseg/1000-labels-memory": thousand_labels,
-    "step/text-attention": step_text_attention,
-    "step/folds-time": step_folds_time,
-    "step/folds-memory": step_folds_memory,
-}
+class Bench(NamedTuple):
+    "One row: what is measured against what, and what is promised."
+    run: Callable           # () -> (ours, other)
+    other: str              # what "other" is
+    unit: str = "s"         # of both: "s" or "bytes"
+    least: float = 0.       # the smallest other / ours that keeps the promise
+    most: float = math.inf  # the most that ours may take, in the row's unit
+
+    def kept(self, ours, other): return other / ours >= self.least and ours <= self.most
+
+BENCHES = {
+    "lseg/5-new-labels": Bench(partial(new_labels, 5), "a full forward", least=20),
+    "lseg/150-new-labels": Bench(partial(new_labels, 150), "a full forward", least=5),
+    "lseg/text-length": Bench(text_length, "texts padded to 77 tokens", least=5),
+    "lseg/1000-labels-memory": Bench(thousand_labels, "all logits at once", "bytes", most=400e6),
+    "step/text-attention": Bench(step_text_attention, "the equation as written", least=10),
+    "step/folds-time": Bench(step_folds_time, "K = 1 (ours: K = 5)", least=1 / 1.25),
+    "step/folds-memory": Bench(step_folds_memory, "K = 1 (ours: K = 5)", "bytes", least=1 / 1.3)}
+
+# %% ../../nbs/studio/03_speed.ipynb #9d57285c
+def measure(
+    benches: dict,         # name -> `Bench`
+    method: str = None,    # only rows whose name begins with "<method>/"; None: all
+) -> list:                 # of dicts: name, ours, other, ratio = other / ours, unit, against, kept
+    "Runs the measurements and prints a line for each. `ValueError` where none is of the method."
+    chosen = {name: row for name, row in benches.items() if method in (None, name.split("/")[0])}
+    if not chosen:
+        there = dict.fromkeys(name.split("/")[0] for name in benches)
+        raise ValueError(f"method: got {method!r}; wanted one of {', '.join(there)}")
+    rows, show = [], {"s": lambda x: f"{x:.3g} s", "bytes": lambda x: f"{x / 1e6:.3g} MB"}
+    for name, row in chosen.items():
+        ours, other = map(float, row.run())
+        kept, text = row.kept(ours, other), show[row.unit]
+        rows.append(dict(name=name, ours=ours, other=other, ratio=other / ours, unit=row.unit,
+                         against=row.other, kept=kept))
+        print(f"{name:<24} ours {text(ours):>9}  other {text(other):>9}  ratio {other / ours:6.2f}  "
+              f"other is {row.other}" + ("" if kept else "  FALLS SHORT"), flush=True)
+    return rows
