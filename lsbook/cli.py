@@ -15,7 +15,6 @@ import platform
 import re
 import shlex
 import sys
-import typing
 import warnings
 from pathlib import Path
 from .doctor import doctor
@@ -28,9 +27,9 @@ def _task(model):
 
 def _model(method, weights=None):
     "A trained model of that very method; `ValueError` for the weights of another."
-    from lsbook.segmenter import load, method_class
+    from lsbook.segmenter import load, method_class, shipped
     method_class(method)  # names the methods there are
-    model = load(weights or method)
+    model = load(weights or shipped(method))
     if model.method != method:
         raise ValueError(f"--weights: {weights} holds weights of {model.method!r}; wanted {method!r}")
     return model.to(_device())
@@ -87,8 +86,7 @@ def new_model(
     import torch
     from lsbook import segmenter
     kind = segmenter.method_class(recipe.method)
-    hint = typing.get_type_hints(kind.__init__).get("config")
-    config = segmenter.config_from(segmenter.storage._dataclass_in(hint), recipe.config, "recipe.config")
+    config = segmenter.config_from(kind, recipe.config)
     torch.manual_seed(recipe.seed)
     return kind(config)
 

@@ -26,7 +26,7 @@ RECIPE = Recipe("tiny", rows=small_rows, steps=4, batch_size=4, lr=1e-2, eval_ev
 @pytest.fixture
 def method(monkeypatch, tmp_path):
     "A method called tiny, with a recipe, in an empty folder"
-    monkeypatch.setitem(segmenter.METHODS, "tiny", "test_training:Tiny")
+    monkeypatch.setitem(segmenter.METHODS, "tiny", segmenter.Method("test_training:Tiny", "Tiny", "semantic", "", "", ""))
     monkeypatch.setattr(training, "recipe", lambda m, s="scenes": RECIPE if m == "tiny" else {}[m])
     monkeypatch.chdir(tmp_path)
     save_weights(tiny(), tmp_path / "tiny.safetensors")
@@ -142,7 +142,7 @@ def test_bench(method, monkeypatch, capsys):
 
 
 def test_doctor(method, monkeypatch, capsys):
-    monkeypatch.setattr(segmenter, "METHODS", {"tiny": "test_training:Tiny"})
+    monkeypatch.setattr(segmenter, "METHODS", {"tiny": segmenter.METHODS["tiny"]})
     monkeypatch.setattr(doctor, "needs", lambda: ["torch", "fastcore<1", "no-such-thing>=3", "tomli; python_version < '3.0'"])
     assert cli.main(["doctor"]) == 1
     said = capsys.readouterr().out

@@ -6,7 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,19 +16,15 @@ from PIL import Image
 from torch import nn
 
 from lsbook import segmenter as S
-
-
-@dataclass
-class Inner:
-    scale: float = 1.0
+from lsbook import show
 
 
 @dataclass
 class ToyConfig:
     width: int
     long_side: int = 48
-    sizes: tuple = (1, (2, 3))
-    inner: Inner = field(default_factory=Inner)
+    sizes: tuple = (1, 2)
+    rate: float = 1
     note: "str | None" = None
 
 
@@ -77,14 +73,14 @@ class Finder(S.ReferringSegmenter):
 
 @pytest.fixture(autouse=True)
 def methods(monkeypatch):
-    monkeypatch.setitem(S.METHODS, "toy", f"{__name__}:Toy")
-    monkeypatch.setitem(S.METHODS, "finder", f"{__name__}:Finder")
+    monkeypatch.setitem(S.METHODS, "toy", S.Method(f"{__name__}:Toy", "Toy", "semantic", "", "", ""))
+    monkeypatch.setitem(S.METHODS, "finder", S.Method(f"{__name__}:Finder", "Finder", "referring", "", "", ""))
 
 
 @pytest.fixture
 def toy():
     torch.manual_seed(0)
-    model = Toy(ToyConfig(8, inner=Inner(2.0), note="x"))
+    model = Toy(ToyConfig(8, rate=2.5, note="x"))
     model.norm.running_mean.normal_()
     return model
 
@@ -103,31 +99,52 @@ def test_answers_have_the_images_own_size(toy, h, w):
     result = toy.segment(noise(h, w), LABELS)
     assert result.label_map.shape == (h, w) and result.image.size == (w, h) and result.label_map.dtype == np.uint8
     encoded = toy.encode_image(noise(h, w))
-    assert max(encoded.size) == 48 and min(encoded.size) >= 1 and toy.passes[-1][2:] == encoded.padded
-    assert all(p % 16 == 0 and 0 <= p - s < 16 for p, s in zip(encoded.padded, encoded.size))
+    image_size, size, padded = encoded.frame
+    assert image_size == (h, w) and max(size) == 48 and min(size) >= 1 and toy.passes[-1][2:] == padded
+    assert all(p % 16 == 0 and 0 <= p - s < 16 for p, s in zip(padded, size))
 
 
 def test_pixels_are_antialiased_as_torchvision_does_it(toy):
     from torchvision.transforms.v2 import functional as T
     image = noise(200, 300)
-    ours = toy.pixels(Image.fromarray(image))
+    (ours,), (frame,) = toy.preprocess([Image.fromarray(image)])
     theirs = T.resize(torch.from_numpy(image).permute(2, 0, 1).float() / 255, [32, 48], antialias=True)
-    assert ours.shape == (3, 32, 48)
+    assert ours.shape == (3, 32, 48) and frame == ((200, 300), (32, 48), (32, 48))
     assert torch.allclose(ours, theirs, atol=1.5 / 255)      # Pillow rounds to bytes between its two passes
 
 
-def test_restore_is_exact_where_nothing_is_resized(toy):
-    encoded = S.Encoded(Image.new("RGB", (30, 20)), None, (20, 30), (32, 32), "")
-    maps = torch.rand(2, 5, 32, 32)
-    assert torch.equal(toy.to_image_size(maps, encoded), maps[..., :20, :30])
-    assert toy.to_image_size(maps[0, 0].bfloat16(), encoded).dtype == torch.float32
+def test_preprocess_pads_all_to_the_largest(toy):
+    images = [Image.fromarray(noise(48, 48)), Image.fromarray(noise(20, 90))]
+    pixel_values, frames = toy.preprocess(images)
+    assert pixel_values.shape == (2, 3, 48, 48) and [f.size for f in frames] == [(48, 48), (11, 48)]
+    assert [f.padded for f in frames] == [(48, 48)] * 2 and toy.frame(images[1]).padded == (16, 48)
+    assert (pixel_values[1, :, 11:] == 0).all() and (pixel_values[1, :, :11] > 0).any()
+    assert (pixel_values[0] * 255 == torch.from_numpy(noise(48, 48)).permute(2, 0, 1)).all()
 
 
-def test_padding_never_reaches_the_answer(toy):
-    encoded = S.Encoded(Image.new("RGB", (90, 60)), None, (20, 30), (32, 32), "")
+def test_undo_is_exact_where_nothing_is_resized():
+    frame, maps = S.Frame((20, 30), (20, 30), (32, 32)), torch.rand(2, 5, 32, 32)
+    assert torch.equal(frame.undo(maps), maps[..., :20, :30])
+    assert frame.undo(maps[0, 0].bfloat16()).dtype == torch.float32
+
+
+def test_undo_against_plain_steps():
+    """Up to the padded input, its padding off, on to the image's size: pixel centres keep their places."""
+    maps = torch.rand(1, 1, 8, 8)
+    up = torch.nn.functional.interpolate(maps, (32, 32), mode="bilinear", align_corners=False)[..., :20, :30]
+    larger = torch.nn.functional.interpolate(up, (60, 90), mode="bilinear", align_corners=False)
+    assert torch.equal(S.Frame((60, 90), (20, 30), (32, 32)).undo(maps[0, 0]), larger[0, 0])
+    smaller = torch.nn.functional.interpolate(up, (10, 15), mode="bilinear", align_corners=False, antialias=True)
+    assert torch.equal(S.Frame((10, 15), (20, 30), (32, 32)).undo(maps[0, 0]), smaller[0, 0])
+    flat = torch.nn.functional.interpolate(up, (60, 15), mode="bilinear", align_corners=False, antialias=True)
+    assert torch.equal(S.Frame((60, 15), (20, 30), (32, 32)).undo(maps[0, 0]), flat[0, 0])   # one side shrinks: antialiased
+    assert not torch.equal(flat, torch.nn.functional.interpolate(up, (60, 15), mode="bilinear"))
+
+
+def test_padding_never_reaches_the_answer():
     maps = torch.zeros(1, 32, 32)
     maps[:, 20:], maps[:, :, 30:] = 1e6, 1e6
-    assert (toy.to_image_size(maps, encoded) == 0).all()
+    assert (S.Frame((60, 90), (20, 30), (32, 32)).undo(maps) == 0).all()
 
 
 # --- lists, modes, Encoded -----------------------------------------------------------------------------------------
@@ -192,7 +209,7 @@ def test_encoded_is_refused_once_the_weights_changed(toy, change):
 def test_encoded_of_another_model_is_refused(toy):
     encoded = toy.encode_image(noise(48, 48))
     for other in (copy.deepcopy(toy), Toy(toy.config), Finder(toy.config)):
-        with pytest.raises(ValueError, match=r"image\[1\]: this Encoded was encoded by"):
+        with pytest.raises(ValueError, match=r"image\[1\]: got an Encoded made by"):
             other.segment([noise(9, 9), encoded], *(["grass"],) if other.method == "toy" else ("grass",))
 
 
@@ -252,8 +269,45 @@ def test_label_result(toy, tmp_path):
     assert (result.mask_of(" RED circle") == (result.label_map == 1)).all()
     picture, beside = result.save(tmp_path / "out.jpg")
     kept = Image.open(beside)
-    assert beside.name == "out_labels.png" and kept.mode == "L" and json.loads(kept.text["labels"]) == LABELS
+    assert beside.name == "out_labels.png" and kept.mode == "P" and json.loads(kept.text["labels"]) == LABELS
     assert (np.asarray(kept) == result.label_map).all() and Image.open(picture).format == "JPEG"
+    colours = np.array(show.colours(3))[result.label_map]
+    assert (np.asarray(kept.convert("RGB")) == colours).all()            # and to the eye it is not black
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 255])
+def test_label_files_of_any_number_of_labels(tmp_path, n):
+    label_map = np.arange(30 * 40, dtype=np.uint8).reshape(30, 40) % n
+    result = S.LabelResult(Image.new("RGB", (40, 30)), label_map, [f"label {i}" for i in range(n)])
+    kept = Image.open(result.save(tmp_path / "out.png")[1])
+    assert kept.mode == "P" and (np.asarray(kept) == label_map).all()
+    assert (np.asarray(kept.convert("RGB")) == np.array(show.colours(n))[label_map]).all()
+
+
+@pytest.mark.parametrize("n", [24, 25, 300])
+def test_beyond_24_labels_the_largest_have_colours(n):
+    label_map = np.repeat(np.arange(n), np.arange(n, 0, -1)).astype(np.int32)[None]   # label 0 is largest
+    result = S.LabelResult(Image.new("RGB", label_map.shape[::-1]), label_map, [f"label {i}" for i in range(n)])
+    drawn = np.asarray(result.picture())[0, :label_map.shape[1]].astype(int)
+    palette = np.round(np.array(show.colours(25)) * .6)                  # the overlay on a black picture
+    place = np.minimum(label_map[0], 24)
+    assert (abs(drawn[:1000:7] - palette[place][:1000:7]) <= 1).all()
+
+
+def test_of_equal_scores_the_first_label_wins(toy):
+    toy.encode_text = lambda texts: torch.zeros(len(texts), 8)
+    assert (toy.segment(noise(8, 8), LABELS).label_map == 0).all()
+
+
+def test_the_mask_exceeds_the_threshold_and_the_score_is_its_mean():
+    finder = Finder(ToyConfig(1, long_side=4))
+    image = np.zeros((2, 4, 3), np.uint8)
+    image[0, :, 0] = [51, 102, 153, 204]                                 # .2 .4 .6 .8
+    finder.threshold = .6
+    result = finder.segment(image, "red")
+    assert result.mask[0].tolist() == [False, False, result.heatmap[0, 2] > .6, True] and result.box[1::2] == (0, 1)
+    finder.threshold = .5
+    assert finder.segment(image, "red").score == pytest.approx(.7) and finder.segment(image, "red").box == (2, 0, 4, 1)
 
 
 def test_thousand_labels_draw_and_save(toy, tmp_path):
@@ -309,10 +363,11 @@ def test_save_weights_and_load(toy, tmp_path):
     for name in (path, str(path), path.parent):
         loaded = S.load(name)
         assert same(loaded, toy) and not loaded.training and loaded.again is loaded.conv
-        assert loaded.config.sizes == (1, (2, 3)) and isinstance(loaded.config.inner, Inner)
+        assert loaded.config.sizes == (1, 2) and loaded.config.rate == 2.5
     assert torch.equal(state, torch.get_rng_state())                     # loading draws nothing from the caller's seed
-    card = json.loads(path.with_suffix(".json").read_text())
-    assert card["method"] == "toy" and card["metrics"] == {"mIoU": .5, "empty": None} and card["versions"]["lsbook"]
+    kept = json.loads(path.with_suffix(".json").read_text())
+    assert kept["method"] == "toy" and kept["metrics"] == {"mIoU": .5, "empty": None} and kept["versions"]["lsbook"]
+    assert kept["seed"] == 3 and kept["data"] == str(tmp_path) and kept["command"] == "lsbook train"
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
     assert (loaded.segment(noise(48, 48), LABELS).label_map == toy.segment(noise(48, 48), LABELS).label_map).all()
 
@@ -332,15 +387,42 @@ def test_pretrained_round_trip(toy, tmp_path):
     toy.save_pretrained(tmp_path / "m")
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     for back in (S.load(tmp_path / "m"), Toy.from_pretrained(tmp_path / "m"), Toy.from_pretrained(str(tmp_path / "m")),
-                 S.Segmenter.from_pretrained(tmp_path / "m"), S.load(tmp_path / "m" / "model.safetensors")):
-        assert type(back) is Toy and same(back, toy)
+                 S.load(tmp_path / "m" / "model.safetensors")):
+        assert type(back) is Toy and same(back, toy) and not back.training
     toy.save_pretrained(tmp_path / "m")                                  # again over itself
-    with pytest.raises(ValueError, match="'toy'; wanted 'finder'"):
+    with pytest.raises(ValueError, match="weights of 'toy'.*wanted 'finder'"):
         Finder.from_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match="is a Toy; wanted a ReferringSegmenter"):
-        S.ReferringSegmenter.from_pretrained(tmp_path / "m")
-    with pytest.raises(TypeError, match="map_location"):
-        Toy.from_pretrained(tmp_path / "m", map_location="cpu")
+
+
+def test_from_pretrained_is_strict(toy, tmp_path):
+    toy.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace('"width"', '"widht"'))
+    with pytest.raises(ValueError, match="got the field 'widht'.*did you mean 'width'"):
+        Toy.from_pretrained(tmp_path)
+    path.write_text(text)
+    state = torch.get_rng_state()
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError):
+        Toy.from_pretrained(tmp_path)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_path_comes_before_a_method(toy, tmp_path, monkeypatch):
+    """What `lsbook train lseg --out lseg` has left is what `load("lseg")` reads there; an empty folder of that name is not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lseg").mkdir()
+    assert S.load("lseg").method == "lseg"
+    S.save_weights(toy, "lseg/toy.safetensors")
+    assert S.load("lseg").method == "toy" and S.load(S.shipped("lseg")).method == "lseg"
+
+
+def test_every_method_is_what_the_table_says():
+    for name in ("lseg", "step"):
+        method = S.METHODS[name]
+        assert S.method_class(name).method == name and S.method_class(name).task == method.task
+        assert method.url.startswith("https://") and method.paper and method.venue and method.title
 
 
 def test_push_to_hub_sends_the_same_files(toy, monkeypatch):
@@ -362,10 +444,11 @@ def test_load_from_the_hub(toy, tmp_path, monkeypatch):
     toy.save_pretrained(tmp_path)
     asked = []
 
-    def download(repo, name, **kw):
-        asked.append((repo, name, kw.get("revision")))
-        return str(tmp_path / name)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    def download(repo_id, filename, **kw):
+        asked.append((repo_id, filename, kw.get("revision")))
+        return str(tmp_path / filename)
+    for home in (huggingface_hub, huggingface_hub.hub_mixin):
+        monkeypatch.setattr(home, "hf_hub_download", download)
     assert same(S.load("me/toy", revision="v1"), toy) and same(Toy.from_pretrained("me/toy"), toy)
     assert asked[:2] == [("me/toy", "model.safetensors", "v1"), ("me/toy", "config.json", "v1")]
 

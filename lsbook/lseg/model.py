@@ -100,7 +100,7 @@ class LSeg(SemanticSegmenter):
 
     `segment(image, labels)` takes any labels; `encode_image(image).features` are the dense features, unit vectors
     (dim, h, w) over the padded network input. The text tower is frozen."""
-    method, task = "lseg", "semantic"
+    method = "lseg"
 
     def __init__(self, config: LSegConfig):
         super().__init__()
@@ -199,7 +199,7 @@ def label_map(self: LSeg,
         for part in text.split(chunk): yield (SCALE * part @ features).view(1, len(part), *encoded.features.shape[-2:])
     def whole():
         for logits in self.regularization.chunks(raw):
-            if logits.shape[-2:] != encoded.padded:
-                logits = F.interpolate(logits, encoded.padded, mode="bilinear", align_corners=True)
+            if logits.shape[-2:] != encoded.frame.padded:
+                logits = F.interpolate(logits, encoded.frame.padded, mode="bilinear", align_corners=True)
             yield self.to_image_size(logits, encoded)
     return running_argmax(whole())[1][0]
