@@ -46,7 +46,7 @@ def test_segment_writes_picture_and_label_map(method, capsys):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["segment", "nope", "scene.png", "a"], "method: 'nope' is none of"),
+    (["segment", "nope", "scene.png", "a"], "method: got 'nope'; wanted one of"),
     (["segment", "tiny", "none.png", "grass", "--weights", "tiny.safetensors"], "none.png"),
     (["segment", "tiny", "broken.png", "grass", "--weights", "tiny.safetensors"], "broken.png"),
     (["segment", "tiny", "scene.png", "grass,,sand", "--weights", "tiny.safetensors"], "blank"),
@@ -54,7 +54,7 @@ def test_segment_writes_picture_and_label_map(method, capsys):
     (["segment", "tiny", "scene.png", "grass,grass", "--weights", "tiny.safetensors"], "twice"),
     (["segment", "tiny", "scene.png", "grass", "--weights", "none.safetensors"], "none.safetensors"),
     (["segment", "tiny", "scene.png", "grass", "--weights", "pickled.ckpt"], "pickled"),
-    (["segment", "tiny", "scene.png", "grass", "--weights", "tiny.safetensors", "-o", "no/such/out.png"], "no folder"),
+    (["segment", "tiny", "scene.png", "grass", "--weights", "tiny.safetensors", "-o", "no/such/out.png"], "wanted a folder that exists"),
     (["segment", "tiny", "scene.png", "grass", "--weights", "tiny.safetensors", "-o", "out.txt"], "out.txt"),
     (["segment", "lseg", "scene.png", "grass", "--weights", "tiny.safetensors"], "holds weights of 'tiny'; wanted 'lseg'"),
     (["evaluate", "tiny", "--weights", "tiny.safetensors", "--objects", "cats"], "objects"),
@@ -159,7 +159,7 @@ def test_doctor(method, monkeypatch, capsys):
 def test_the_installed_command_and_the_module_are_the_same():
     env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
     got = subprocess.run([sys.executable, "-m", "lsbook.cli", "segment", "nope", "a", "b"], env=env, capture_output=True, text=True)
-    assert got.returncode == 2 and got.stderr.startswith("lsbook segment: method: 'nope'") and got.stderr.count("\n") == 1
+    assert got.returncode == 2 and got.stderr.startswith("lsbook segment: method: got 'nope'") and got.stderr.count("\n") == 1
 
 
 def test_help_is_quick():

@@ -127,7 +127,7 @@ class LabelResult(Result):
         naming the labels there are."""
         names = [s.lower() for s in self.labels]
         key = label.strip().lower() if isinstance(label, str) else label
-        if key not in names: raise ValueError(f"label: got {label!r:.80}; wanted one of {self.labels[:20]}")
+        if key not in names: raise ValueError(f"label: got {label!r:.80}; wanted one of {[_printable(s) for s in self.labels[:20]]}")
         return self.label_map == names.index(key)
 
     def answer(self):

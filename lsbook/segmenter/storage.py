@@ -117,7 +117,8 @@ def config_from(
         if v is not None and not isinstance(v, wanted):
             raise ValueError(f"config.{k}: got {v!r:.60}; wanted {hints[k].__name__}")
         out[k] = v
-    return kind(**out)
+    try: return kind(**out)
+    except TypeError as e: raise ValueError(f"config: {e}") from e          # a field without a default is not there
 
 # %% ../../nbs/segmenter/03_storage.ipynb #6b6f3d59
 def read_metadata(
@@ -144,7 +145,10 @@ def _build(cls, config, weights):
     except (SafetensorError, OSError) as e:
         raise ValueError(f"got {str(weights)!r}, which is cut short or no safetensors file ({e}); {_NO_PICKLES}") from e
     if theirs != cls.method: raise ValueError(f"got weights of {theirs!r} in {str(weights)!r}; wanted {cls.method!r}")
-    with torch.random.fork_rng(devices=[]): model = cls(config)
+    try:
+        with torch.random.fork_rng(devices=[]): model = cls(config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"got a config that builds no {cls.__name__} ({type(e).__name__}: {e})") from e
     load_tensors(model, read_tensors(weights))
     return model.eval()
 

@@ -127,7 +127,7 @@ class STEP(ReferringSegmenter):
 
     `encode_image(image).features` holds, per level, v (C, h, w) and phi (embed, h, w): all that does not depend on the
     words, computed once for all folds and expressions. `ValueError` for a config without `words`."""
-    method, task = "step", "referring"
+    method = "step"
 
     def __init__(self, config: STEPConfig):
         super().__init__()
@@ -291,7 +291,8 @@ def collate(self: STEP,
 
     `ValueError` where a mask or a label map differs from its image in size, the lists differ in length, or are empty."""
     pictures, _ = to_images([row["image"] for row in rows])
-    images, sizes = self.preprocess(pictures)
+    images, frames = self.preprocess(pictures)
+    sizes = [f.size for f in frames]
     one = [isinstance(row["expression"], str) for row in rows]
     texts = [[row["expression"]] if o else list(row["expression"]) for row, o in zip(rows, one)]
     masks = torch.zeros(len(rows), max(map(len, texts)), *images.shape[-2:])
