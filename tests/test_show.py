@@ -35,16 +35,6 @@ def test_every_form_of_one_picture_gives_the_same(kind):
     assert show.overlay(PICTURES[kind], MASK).size == (W, H)
 
 
-@pytest.mark.parametrize("mode", "1 L LA P PA RGB RGBA CMYK YCbCr HSV LAB I;16 I F".split())
-def test_pil_modes(mode):
-    image = Image.fromarray(np.full((H, W), 40000, np.uint16)) if mode == "I;16" else Image.new("F", (W, H), .5) \
-        if mode == "F" else Image.new(mode, (W, H))
-    a = lsbook.images.to_array(image)
-    assert a.shape == (H, W, 3)
-    if mode == "I;16": assert a[0, 0, 0] == 156
-    if mode == "F": assert a[0, 0, 0] == 128
-
-
 @pytest.mark.parametrize("bad, what, error", [
     ("photo.jpg", "photo.jpg", FileNotFoundError), (None, "NoneType", TypeError), ([[1]], "list", TypeError),
     (np.zeros((3, H, W)), r"\(3, 20, 30\).*transpose", ValueError), (np.zeros((H, W, 2)), r"\(20, 30, 2\)", ValueError),
