@@ -9,6 +9,7 @@ from torch import nn
 from lsbook.text import (Bert, BiLSTM, ClipText, Report, TextCache, Vocabulary, WordVectors, check_texts, clip_config,
         clip_weights, cut_words, glove_width, load_glove, split_words, text_encoder, word_vector)
 from lsbook.files import read_tensors
+from lsbook.text.pretrained import clip_text_state, clip_tokenizer, weights_version
 from lsbook.text.words import some
 
 SMALL = dict(embed_dim=16, quick_gelu=True,
@@ -267,7 +268,11 @@ def test_bert_options():
         with pytest.raises(ValueError, match=name): Bert(TINY, **{"layers": 2, "vocabulary": PIECES, **options})
     with pytest.raises(ValueError, match="vocabulary"): Bert(TINY, layers=2)
     with pytest.raises(ValueError, match="vocabulary"): Bert("bert-base-uncased", vocabulary=PIECES)
-    with pytest.raises(OSError, match="name_or_config.*no/such"): Bert("/no/such/folder")
+    with pytest.raises((OSError, ValueError), match="no/such"): Bert("/no/such/folder")
+    from transformers import BertConfig
+    config = BertConfig(**TINY)
+    assert Bert(config, layers=1, vocabulary=PIECES).dim == 32 and config.vocab_size == 30522   # the caller's stays as it was
+    assert Bert(TINY, layers=1, vocabulary=PIECES).max_tokens == 40
     frozen = Bert(TINY, layers=1, vocabulary=PIECES, frozen=True)
     assert not frozen.train().training and not frozen(["red"]).requires_grad
     live = Bert(TINY, layers=1, vocabulary=PIECES)
@@ -355,6 +360,22 @@ def test_bad_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="pretrained.*one checkpoint"): clip_weights(SMALL, tmp_path)
 
 
+def test_only_the_text_tower_is_taken_out_of_a_clip():
+    keep = {"token_embedding.weight": 1, "positional_embedding": 2, "transformer.x": 3, "ln_final.bias": 4, "text_projection": 5}
+    drop = dict.fromkeys(["visual.proj", "logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask"])
+    assert clip_text_state(keep | drop) == clip_text_state({f"module.{k}": v for k, v in (keep | drop).items()}) == keep
+    assert clip_text_state({f"text.{k}": v for k, v in keep.items()} | drop) == keep
+
+
+def test_a_tag_of_another_activation_is_said(monkeypatch):
+    import open_clip
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda config: "there.pt")
+    with pytest.warns(UserWarning, match="QuickGELU"): assert clip_weights("ViT-B-32", "openai") == "there.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert clip_weights("ViT-B-32-quickgelu", "openai") == clip_weights("ViT-B-32", "laion2b_s34b_b79k") == "there.pt"
+
+
 def test_clip_names():
     with pytest.raises(ValueError, match="ViT-B-32"): clip_config("ViT-B-23")
     for name in ("xlm-roberta-base-ViT-B-32", "ViT-B-16-SigLIP"):
@@ -433,6 +454,32 @@ def test_cache_follows_the_weights():
     assert not stale() and cache.texts == ["aa"]
 
 
+def test_cache_follows_a_cast_of_the_encoder_alone():
+    e = Counted()
+    cache = TextCache(e)
+    with torch.no_grad(): e.w.fill_(1 + 2**-20)
+    for _ in range(20):
+        kept = cache(["aa"])
+        e.half().float()                                    # behind the cache's back; the first round loses digits
+        assert torch.equal(cache(["aa"]), e(["aa"]))
+    assert not torch.equal(kept, torch.full((1, 3), 2 * (1 + 2**-20)))
+
+
+def test_a_version_belongs_to_its_module_and_its_weights():
+    a = nn.Linear(2, 2)
+    seen = {weights_version(a), weights_version(copy.deepcopy(a))}
+    assert len(seen) == 2 and weights_version(a) in seen
+    for change in (lambda: a.requires_grad_(False).weight.add_(1), lambda: setattr(a, "bias", nn.Parameter(a.bias + 1)),
+                   lambda: a.double(), lambda: a.load_state_dict(a.state_dict())):
+        change()
+        assert weights_version(a) not in seen
+        seen.add(weights_version(a))
+    b = nn.BatchNorm1d(2)
+    before = weights_version(b)
+    b(torch.rand(4, 2))                                     # a buffer is a weight too
+    assert weights_version(b) != before
+
+
 def test_cache_steps_aside_while_training():
     e = Counted(trainable=True)
     cache = TextCache(e)
@@ -470,7 +517,7 @@ def test_specs(tmp_path):
     with pytest.raises(ValueError, match="words"): text_encoder("words")
     for bad in ("word", "clip", "clip:", "bert:", ""):
         with pytest.raises(ValueError, match="spec"): text_encoder(bad)
-    with pytest.raises(TypeError, match="spec"): text_encoder(None)
+    with pytest.raises(ValueError, match="spec"): text_encoder(None)
     a = Bert(TINY, layers=2, vocabulary=PIECES)
     a.model.save_pretrained(tmp_path)
     a.tokenizer.save_pretrained(tmp_path)
