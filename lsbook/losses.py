@@ -149,7 +149,7 @@ def info_nce(a: torch.Tensor, # (B, D), row i belongs to row i of b
              b: torch.Tensor, # (B, D)
              scale=1 / 0.07, # factor on the cosines: a number, or a tensor that is learned
             ) -> torch.Tensor:
-    """Symmetric contrastive loss: the mean of a -> b and b -> a, each the cross-entropy of finding its partner.
+    """Contrastive loss: the mean of a -> b and b -> a, each the cross-entropy of finding the partner.
 
     Rows are L2-normalised here. With several processes the rows of all are candidates, and the mean over
     processes is the loss of the whole batch. Source: GroupViT (CVPR 2022).

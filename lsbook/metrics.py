@@ -172,17 +172,18 @@ def _everybodys(x):
 # %% ../nbs/metrics.ipynb #62908f9c
 @patch
 def gather(self: MaskMeter):
-    "The meter with the pairs of all processes, which must all call it; alone, nothing changes."
-    mine = [c.cpu() for c in self.counts], self.kinds, [b.cpu() for b in self.boxes]
-    self.counts, self.kinds, self.boxes = (sum(parts, []) for parts in zip(*_everybodys(mine)))
-    return self
+    "A new meter with the pairs of all processes, which must all call it."
+    mine, new = ([c.cpu() for c in self.counts], self.kinds, [b.cpu() for b in self.boxes]), MaskMeter()
+    new.counts, new.kinds, new.boxes = (sum(parts, []) for parts in zip(*_everybodys(mine)))
+    return new
 
 # %% ../nbs/metrics.ipynb #ac53bd12
 @patch
 def gather(self: ConfusionMatrix):
-    "The table with the counts of all processes, which must all call it; alone, nothing changes."
-    self.counts = sum(_everybodys(self.counts.cpu()))
-    return self
+    "A new table with the counts of all processes, which must all call it."
+    new = ConfusionMatrix(self.n, self.ignore)
+    new.counts = sum(_everybodys(self.counts.cpu()))
+    return new
 
 # %% ../nbs/metrics.ipynb #2cfbf8d8
 def _answers(model, rows, batch_size, names=None):
@@ -208,7 +209,8 @@ def _semantic(answers, size, names, trained):
     "The semantic metrics of pairs of a row and an answer; `trained`: names that the model has seen, or None."
     table = ConfusionMatrix(len(names), 255 if len(names) <= 255 else 65535)
     for row, got in answers: table.update(_to_size(got.label_map, size), _to_size(row["label_map"], size))
-    each, out = table.gather().iou(), table.compute()
+    table = table.gather()
+    each, out = table.iou(), table.compute()
     seen = torch.tensor([not trained or n in trained for n in names])
     if not seen.all():
         out |= {"mIoU/seen": each[seen].nanmean().item(), "mIoU/unseen": each[~seen].nanmean().item()}

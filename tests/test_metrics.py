@@ -160,6 +160,9 @@ def test_values_that_are_no_label_are_wrong_and_never_misfiled():
 def test_confusion_matrix_bad_input():
     for args in ((256,), (256, 255), (3, 2), (3, 0)):
         with pytest.raises(ValueError, match=f"ignore: got {args[1] if args[1:] else 255}"): ConfusionMatrix(*args)
+    last = ConfusionMatrix(3, 3)      # the first value that is no label
+    last.update(torch.tensor([0, 1]), torch.tensor([0, 3]))
+    assert last.compute() == {"mIoU": 1.0, "accuracy": 1.0}
     m = ConfusionMatrix(3)
     with pytest.raises(ValueError, match="float32"): m.update(torch.zeros(3), torch.zeros(3, dtype=int))
     with pytest.raises(ValueError, match="shape"): m.update(torch.zeros(3, dtype=int), torch.zeros(4, dtype=int))
@@ -241,11 +244,22 @@ def test_evaluate_label_maps_seen_and_unseen():
         got = evaluate(model, rows, names=names)
         assert got["mIoU/seen"] == pytest.approx((got["IoU/a"] + got["IoU/b"]) / 2)
         assert got["mIoU/unseen"] == got["IoU/c"]
+    model.config = SimpleNamespace(labels=["a", "d"])      # d was trained and never occurs, nor does e, which was not
+    got = evaluate(model, rows, names=[*names, "e"])
+    assert got["mIoU/seen"] == got["IoU/a"] and got["mIoU/unseen"] == pytest.approx((got["IoU/b"] + got["IoU/c"]) / 2)
     for labels in (names, [], None):
         model.config = SimpleNamespace(labels=labels)
         assert evaluate(model, rows, names=names).keys() == plain.keys()
     many = [str(i) for i in range(400)]
     assert evaluate(*semantic_rows(2, many), names=many)["accuracy"] > .6
+
+
+@pytest.mark.parametrize("n, ignored", [(254, 255), (255, 255), (256, 65535), (300, 65535)])
+def test_what_is_ignored_is_no_label(n, ignored):
+    truth = np.array([[0, n - 1, ignored]])      # the last of n labels counts, what is ignored does not
+    rows = [dict(image=np.zeros((1, 3, 3), np.uint8), label_map=truth)]
+    got = evaluate(Copycat([np.array([[0, 0, 0]])]), rows, names=[str(i) for i in range(n)])
+    assert got["accuracy"] == .5 and got["IoU/0"] == .5 and got[f"IoU/{n - 1}"] == 0
 
 
 def test_evaluate_bad_input():
@@ -261,12 +275,27 @@ def test_evaluate_bad_input():
     assert model.training      # also after an error
 
 
+class Selectable(list):
+    "Rows that can be picked by number, as a Dataset can; datasets itself takes seconds to import."
+    def select(self, which): return [self[i] for i in which]
+
+
+def test_gather_leaves_the_meter_alone():
+    meter, table = MaskMeter(), ConfusionMatrix(3)
+    meter.update(*masks(4))
+    table.update(torch.tensor([0, 1]), torch.tensor([0, 2]))
+    meter.gather().update(*masks(4)), table.gather().update(torch.tensor([0]), torch.tensor([0]))
+    assert sum(map(len, meter.counts)) == 4 and table.matrix().sum() == 2
+    assert ConfusionMatrix(3, -1).gather().ignore == -1
+
+
 def _process(rank, world, port, out):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     global RNG
     RNG = np.random.default_rng(7)
-    referring, semantic = referring_rows(7), semantic_rows(5, ["a", "b", "c"])
+    (model, rows), semantic = referring_rows(7), semantic_rows(5, ["a", "b", "c"])
+    referring = model, Selectable(rows)
     got = evaluate(*referring, batch_size=2), evaluate(*semantic, batch_size=2, names=["a", "b", "c"])
     torch.save((got, referring[0].calls), f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
