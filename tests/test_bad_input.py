@@ -169,7 +169,7 @@ def metadata(saved, **change):
     (dict(config={"width": 8, "sizes": 3}), "config.sizes: got 3; wanted tuple"),
     (dict(config={"width": "wide"}), "config.width: got 'wide'; wanted int"), (dict(config={"width": 4}), "of another shape"),
     (dict(config={"width": -1}), "-1"),
-    (dict(method="finder", config={"width": 8}), "weights of 'toy'.*wanted 'finder'"),
+    (dict(method="finder", config={"width": 8}), "weights of 'toy'.*wanted those of 'finder'"),
 ])
 def test_metadata_are_not_trusted(saved, change, says):
     metadata(saved, **change)
@@ -192,7 +192,7 @@ def test_metadata_in_another_encoding(saved):
 
 def test_weights_of_another_method(saved):
     saved.with_suffix(".json").write_text(json.dumps({"method": "finder", "config": {"width": 1}}))
-    with pytest.raises(ValueError, match="^name: .*weights of 'toy'.*wanted 'finder'"):
+    with pytest.raises(ValueError, match="^name: .*weights of 'toy'.*wanted those of 'finder'"):
         S.load(saved)
 
 

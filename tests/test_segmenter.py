@@ -390,7 +390,7 @@ def test_pretrained_round_trip(toy, tmp_path):
                  S.load(tmp_path / "m" / "model.safetensors")):
         assert type(back) is Toy and same(back, toy) and not back.training
     toy.save_pretrained(tmp_path / "m")                                  # again over itself
-    with pytest.raises(ValueError, match="weights of 'toy'.*wanted 'finder'"):
+    with pytest.raises(ValueError, match="weights of 'toy'.*wanted those of 'finder'"):
         Finder.from_pretrained(tmp_path / "m")
 
 

@@ -9,6 +9,7 @@ __all__ = ['Frame', 'Segmenter', 'Encoded']
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 import numpy as np
 import torch
@@ -35,8 +36,8 @@ class Frame(NamedTuple):
         return F.pad(x, (0, W - w, 0, H - h))
 
     def undo(self, maps: torch.Tensor) -> torch.Tensor:     # (..., *image_size) float32
-        """Maps (..., h, w) over the padded input, at any resolution, at the image's own size: up to the padded
-        input, the padding off, then on (antialiased where that is smaller)."""
+        """Maps (..., h, w) over the padded input, of any resolution, at the image's own size: up to the
+        padded input, the padding off, then on (antialiased where that is smaller)."""
         (h, w), (H, W), x = self.size, self.image_size, maps.reshape(1, -1, *maps.shape[-2:]).float()
         if x.shape[-2:] != self.padded: x = F.interpolate(x, self.padded, mode="bilinear")
         x = x[..., :h, :w]
@@ -55,8 +56,9 @@ A segmentation model of [lsbook](https://github.com/lsbook/lsbook), safetensors 
     model = load("owner/name of this repository")
 """):
     """What the five methods share. A method sets `method`, takes one dataclass in `__init__(self, config:
-    XConfig)`, keeps it as `self.config` (its `long_side` is the longer side of the network's input in pixels), and
-    writes `image_features`, `encode_text`, `collate`, `forward`, and `label_map` or `heatmaps`, as its task needs."""
+    Config)`, keeps it as `self.config` (its `long_side` is the longer side of the network's input), and
+    writes `image_features`, `encode_text`, `collate`, `forward`, and `label_map` or `heatmaps`, as its
+    task needs."""
     method = ""         # its name in METHODS
     task = ""           # "semantic" or "referring"
     stride = 1          # the network's input is padded to a multiple of this
@@ -65,7 +67,7 @@ A segmentation model of [lsbook](https://github.com/lsbook/lsbook), safetensors 
 
     @property
     def device(self) -> torch.device:
-        return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        return next((t.device for t in chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,9 +123,9 @@ def preprocess(
 # %% ../../nbs/segmenter/01_encode.ipynb #9da54be8
 @dataclass(eq=False, repr=False)
 class Encoded:
-    """An image after `encode_image`: everything the words need. Give it to `segment` in place of the image. It
-    belongs to the model object that made it, as its weights were then: after training, loading or moving them
-    `segment` refuses it with a `ValueError`. (Writes through `tensor.data` leave no trace; encode again after them.)"""
+    """An image after `encode_image`, to give to `segment` in its place. It belongs to the model object
+    that made it, as its weights were then: after training, loading or moving them `segment` refuses it
+    with a `ValueError`. (Writes through `tensor.data` leave no trace; encode again after them.)"""
     image: Image.Image      # the picture that came: RGB, upright, its own size
     features: object        # what the network made of it (LSeg: a (D, h, w) tensor), padding included
     frame: Frame            # its way there and back
@@ -136,7 +138,7 @@ class Encoded:
 # %% ../../nbs/segmenter/01_encode.ipynb #b58a2c2c
 @patch
 def to_image_size(self: Segmenter, maps: torch.Tensor, encoded: Encoded) -> torch.Tensor: # (..., H, W) float
-    "Maps (..., h, w) over the padded network input, at any resolution, back at their image's size (`Frame.undo`)"
+    "Maps (..., h, w) over the padded input, of any resolution, at their image's size (`Frame.undo`)"
     return encoded.frame.undo(maps)
 
 # %% ../../nbs/segmenter/01_encode.ipynb #7fc83748
@@ -170,7 +172,8 @@ def _items(self: Segmenter, image):
     items, one = to_images(image, keep=Encoded)
     for i, o in enumerate(items):
         if isinstance(o, Encoded) and o.owner != self.mark:
-            theirs = repr(o.owner[0]) if o.owner[0] != self.method else "another model, or before the weights changed"
+            theirs = "another model, or before the weights changed"
+            if o.owner[0] != self.method: theirs = repr(o.owner[0])
             raise ValueError(f"image{'' if one else f'[{i}]'}: got an Encoded made by {theirs}; "
                              f"wanted one by this {self.method!r} model, encode the image again")
     return items, one
@@ -201,8 +204,9 @@ def encode_image(
     image,                  # one image in any form that `to_image` takes, or a list of them
     batch_size: int = 16    # images in one pass of the network
 ):                          # Encoded, or a list of them
-    """The image's half of the work, done once for any number of words. Only images of the same padded size share
-    a pass, so the rest of a list never changes a result. Evaluation mode, no gradients; the mode is put back."""
+    """The image's half of the work, done once for any number of words. Only images of one padded size
+    share a pass, so the rest of a list never changes a result. Evaluation mode, no gradients; the mode is
+    put back."""
     items, one = self._items(image)
     out = [None] * len(items)
     with _inference(self):

@@ -73,7 +73,8 @@ def _write(model, weights, path, metadata, half=False):
     "Tensors to `weights`, method, config, versions and `metadata` to `path`"
     from safetensors.torch import save_file
     state = model.state_dict()
-    state = {k: state[k].detach().cpu().contiguous().clone() for k, first in tied(state).items() if k == first}
+    once = [k for k, first in tied(state).items() if k == first]
+    state = {k: state[k].detach().cpu().contiguous().clone() for k in once}
     if half:                                       # what 16 bits cannot hold stays as it is
         small = {k: t.half() for k, t in state.items() if t.dtype == torch.float32}
         state.update({k: t for k, t in small.items() if torch.isfinite(t).all()})
@@ -81,7 +82,8 @@ def _write(model, weights, path, metadata, half=False):
                 "lsbook": importlib.import_module("lsbook").__version__}
     info = _plain({"versions": versions, **metadata, "method": model.method, "config": model.config})
     text = json.dumps(info, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(weights, lambda p: save_file(state, p, metadata={"format": "pt", "method": model.method}))
+    header = {"format": "pt", "method": model.method}
+    write_atomically(weights, lambda p: save_file(state, p, metadata=header))
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 def save_weights(
@@ -93,9 +95,10 @@ def save_weights(
 ) -> Path:                  # of the weights
     "Writes the pair that `load` reads: the tensors, and JSON with method, config, versions and their history"
     path = Path(path)
-    if path.suffix != ".safetensors": raise ValueError(f"path: got {str(path)!r}; wanted an ending .safetensors")
-    for k in ("method", "config"):
-        if k in metadata: raise ValueError(f"metadata: got {k!r}, which comes from the model itself; wanted other names")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path: got {str(path)!r}; wanted an ending .safetensors")
+    for k in {"method", "config"} & set(metadata):
+        raise ValueError(f"metadata: got {k!r}, which comes from the model itself; wanted other names")
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(model, path, path.with_suffix(".json"), metadata, half)
     return path
@@ -105,11 +108,12 @@ def config_from(
     cls: type,              # a method's class, or a dataclass
     values: dict            # its fields as JSON gives them
 ):                          # the config
-    """A config out of JSON. `ValueError` for an unknown field and for a value of another type than the field's; lists
-    become tuples where the field is one. Whether a value makes sense is for the method to say."""
+    """A config out of JSON. `ValueError` for an unknown field and for a value of another type than the
+    field's; lists become tuples where the field is one. Whether a value makes sense is for the method to
+    say."""
     kind = typing.get_type_hints(cls.__init__)["config"] if issubclass(cls, nn.Module) else cls
-    if not isinstance(values, dict): raise ValueError(f"config: got {values!r:.60}; wanted the fields of {kind.__name__}")
-    hints, out = {f.name: typing.get_type_hints(kind)[f.name] for f in dataclasses.fields(kind)}, {}
+    if not isinstance(values, dict): raise ValueError(f"config: got {values!r:.60}; wanted its fields")
+    hints, out = typing.get_type_hints(kind), {}
     for k, v in values.items():
         if k not in hints: raise ValueError(f"config: got the field {k!r:.60}; {_one_of(k, hints)}")
         wanted = (int, float) if hints[k] is float else hints[k]
@@ -118,18 +122,19 @@ def config_from(
             raise ValueError(f"config.{k}: got {v!r:.60}; wanted {hints[k].__name__}")
         out[k] = v
     try: return kind(**out)
-    except TypeError as e: raise ValueError(f"config: {e}") from e          # a field without a default is not there
+    except TypeError as e: raise ValueError(f"config: {e}") from e      # a field without a default is missing
 
 # %% ../../nbs/segmenter/03_storage.ipynb #6b6f3d59
 def read_metadata(
     path                    # the .json beside the weights
 ) -> dict:                  # with at least "method", one of METHODS, and "config", a dict
-    "What is told of a weights file. JSON from elsewhere is not trusted: what speaks of no known method is a `ValueError`."
+    "What is told of a weights file. `ValueError` for what is not JSON or speaks of no method that there is."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no metadata {str(path)!r}; wanted method and config beside the weights")
+    if not path.is_file():
+        raise FileNotFoundError(f"no metadata {str(path)!r} beside the weights; wanted method and config")
     info = read_json(path)
     if not isinstance(info, dict) or not isinstance(info.get("config"), dict):
-        raise ValueError(f'no metadata of a model in {str(path)!r}; wanted {{"method": ..., "config": {{...}}}}')
+        raise ValueError(f'no metadata in {str(path)!r}; wanted {{"method": ..., "config": {{...}}}}')
     method = info.get("method")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"got the method {method!r:.60} in {str(path)!r}; {_one_of(method, METHODS)}")
@@ -143,8 +148,8 @@ def _build(cls, config, weights):
     try:
         with safe_open(weights, "pt") as f: theirs = (f.metadata() or {}).get("method", cls.method)
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"got {str(weights)!r}, which is cut short or no safetensors file ({e}); {_NO_PICKLES}") from e
-    if theirs != cls.method: raise ValueError(f"got weights of {theirs!r} in {str(weights)!r}; wanted {cls.method!r}")
+        raise ValueError(f"{str(weights)!r} is cut short or no safetensors file ({e}); {_NO_PICKLES}") from e
+    if theirs != cls.method: raise ValueError(f"got weights of {theirs!r}; wanted those of {cls.method!r}")
     try:
         with torch.random.fork_rng(devices=[]): model = cls(config)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
@@ -152,8 +157,9 @@ def _build(cls, config, weights):
     load_tensors(model, read_tensors(weights))
     return model.eval()
 
-_NO_PICKLES = ("wanted .safetensors. A pickle (.pt, .ckpt, .bin) can run code when it is read, so none is. To convert one you "
-               "trust: safetensors.torch.save_file(torch.load(path, weights_only=True), 'x.safetensors')")
+_NO_PICKLES = ("wanted .safetensors. A pickle (.pt, .ckpt, .bin) can run code when it is read, so none is. "
+               "To convert one you trust: safetensors.torch.save_file(torch.load(path, weights_only=True), "
+               "'x.safetensors')")
 
 # %% ../../nbs/segmenter/03_storage.ipynb #cefc8c96
 def shipped(
@@ -161,17 +167,20 @@ def shipped(
 ) -> Path:
     "Where the weights are that come with lsbook; `FileNotFoundError` where none do"
     path = Path(str(importlib.resources.files("lsbook"))) / "weights" / f"{method}.safetensors"
-    if not path.is_file(): raise FileNotFoundError(f"method: lsbook ships no weights for {method!r}; wanted a method that is trained")
+    if not path.is_file():
+        raise FileNotFoundError(f"lsbook ships no weights for {method!r}; train them with fit")
     return path
 
 def _pair(path):
-    "(weights, metadata) for a .safetensors file or a folder of either layout; None for a folder without weights"
+    "(weights, metadata) for a .safetensors file or a folder of either layout; None for a folder without any"
     if path.is_dir():
         pairs = [_pair(p) for p in sorted(path.glob("*.safetensors"))]
         if len(pairs) > 1: pairs = [p for p in pairs if p[1].is_file()] or pairs
-        if len(pairs) > 1: raise ValueError(f"got a folder with {', '.join(p[0].name for p in pairs)}; wanted one, name the file")
+        if len(pairs) > 1:
+            raise ValueError(f"got a folder with {', '.join(p[0].name for p in pairs)}; wanted one file")
         return pairs[0] if pairs else None
-    return path, path.with_name("config.json") if path.name == "model.safetensors" else path.with_suffix(".json")
+    beside = path.with_name("config.json") if path.name == "model.safetensors" else path.with_suffix(".json")
+    return path, beside
 
 # %% ../../nbs/segmenter/03_storage.ipynb #cdeb7bd9
 def _from_hub(name, hub):
@@ -181,10 +190,10 @@ def _from_hub(name, hub):
     try: return tuple(Path(hf_hub_download(name, f, **hub)) for f in ("model.safetensors", "config.json"))
     except Exception as e:
         if isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError):
-            raise ValueError(f"on the hub, but it lacks model.safetensors or config.json; {_NO_PICKLES}") from e
+            raise ValueError(f"on the hub it lacks model.safetensors or config.json; {_NO_PICKLES}") from e
         why = (str(e).strip().splitlines() or [""])[0]
-        raise FileNotFoundError(f"no method ({', '.join(sorted(METHODS))}), no folder or .safetensors file here, and the "
-                                f"hub did not give it ({type(e).__name__}: {why:.200})") from e
+        raise FileNotFoundError(f"no folder or file here, and the hub did not give it ({type(e).__name__}: "
+                                f"{why:.200}); {_one_of(name, METHODS)}, or a hub id owner/name") from e
 
 # %% ../../nbs/segmenter/03_storage.ipynb #0130253e
 def _find(name, hub):
@@ -199,7 +208,7 @@ def _find(name, hub):
     return _from_hub(str(name), hub)
 
 def load(
-    name,                   # a method; a folder or .safetensors file with its metadata; or a hub id, owner/name
+    name,                   # a method; a folder or .safetensors file with its metadata; a hub id, owner/name
     *,
     device="cpu",           # where the model goes
     revision: str = None,   # hub only: branch, tag or commit
@@ -208,11 +217,12 @@ def load(
     force_download: bool = False,       # hub only
     local_files_only: bool = False      # hub only: take it from the cache
 ) -> Segmenter:             # in evaluation mode
-    """A trained model. A folder or file of that name comes first, then the weights shipped for a method, then the hub.
-    Only safetensors and JSON are read, nothing is unpickled. Raises `FileNotFoundError` where nothing is found,
-    `ValueError` for a pickled or truncated file, another method's weights, tensors or config fields that do not fit."""
+    """A trained model. A folder or file of that name comes first, then the weights shipped for a method,
+    then the hub. Only safetensors and JSON are read, nothing is unpickled. `FileNotFoundError` where
+    nothing is found, `ValueError` for a pickled or truncated file, another method's weights, tensors or
+    fields that do not fit."""
     if not isinstance(name, (str, os.PathLike)):
-        raise TypeError(f"name: got {type(name).__name__}; wanted a method, a folder, a .safetensors file or a hub id")
+        raise TypeError(f"name: got {type(name).__name__}; wanted a method, a folder, a file or a hub id")
     hub = dict(revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
                local_files_only=local_files_only)
     with named(f"name: {str(name)!r:.300}"):
@@ -236,6 +246,7 @@ def _decode_arg(cls: Segmenter, expected_type, value):
 @patch(cls_method=True)
 def _from_pretrained(cls: Segmenter, *, model_id, config=None, **hub):
     "What the mixin calls once it has read the config: every tensor, out of safetensors only"
-    weights, path = _pair(Path(model_id) / "model.safetensors") if Path(model_id).is_dir() else _from_hub(model_id, hub)
+    here = Path(model_id)
+    weights, path = _pair(here / "model.safetensors") if here.is_dir() else _from_hub(model_id, hub)
     read_metadata(path)
     return _build(cls, config, weights)
