@@ -9,18 +9,21 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from PIL import Image
 
 from lsbook import data
-from lsbook.scenes import (BACKGROUNDS, CLASSES, COLOURS, FAMILIES, HELD_OUT, KINDS, PATTERNS, RGB, SHAPES, SPLITS, Scene,
-        SceneObject, referents, label_names, label_of, rows, scene, words)
 from lsbook.images import box_of, png
+from lsbook.scenes import (BACKGROUNDS, CLASSES, COLOURS, FAMILIES, HELD_OUT, KINDS, PATTERNS, RGB, SHAPES, SPLITS, Scene,
+                           SceneObject, Wording, label_names, label_of, referents, rows, scene, words)
+from lsbook.scenes.drawing import _Canvas
 
 OBJECTS = ("plain", "patterned", "parts")
 
 
 @pytest.fixture(scope="module")
 def many():
-    "300 scenes of each kind of things."
+    "300 scenes of each kind of objects."
     return {objects: [scene(i, seed=11, split="test", objects=objects) for i in range(300)] for objects in OBJECTS}
 
 
@@ -31,7 +34,7 @@ def digest(s):
 # ---- language ----
 
 @pytest.mark.parametrize("objects", OBJECTS)
-def test_every_expression_denotes_one_thing(many, objects):
+def test_every_expression_denotes_one_object(many, objects):
     read, kinds = 0, Counter()
     for s in many[objects]:
         expressions = s.expressions()
@@ -79,14 +82,14 @@ def test_all_words_of_an_expression_are_needed(many, objects):
 
 
 def by_hand():
-    "A scene of four things that was made without the generator."
-    def thing(colour, shape, size, x0, y0, w, visible_w=None):
+    "A scene of four objects that was made without the generator."
+    def obj(colour, shape, size, x0, y0, w, visible_w=None):
         mask = np.zeros((64, 64), bool)
         mask[y0:y0 + w, x0:x0 + (visible_w or w)] = True
         return SceneObject(colour, shape, size, "plain", (x0 + w / 2, y0 + w / 2), w / 2, w * w, mask, box_of(mask))
-    things = [thing("red", "circle", "small", 2, 2, 10), thing("red", "square", "small", 40, 4, 10),
-              thing("blue", "square", "small", 4, 40, 10), thing("blue", "square", "large", 36, 34, 20)]
-    return Scene(np.zeros((64, 64, 3), np.uint8), things, ["sand"], np.zeros((64, 64), np.uint8), "plain", 0, [.5] * 18)
+    things = [obj("red", "circle", "small", 2, 2, 10), obj("red", "square", "small", 40, 4, 10),
+              obj("blue", "square", "small", 4, 40, 10), obj("blue", "square", "large", 36, 34, 20)]
+    return Scene(np.zeros((64, 64, 3), np.uint8), things, ["sand"], np.zeros((64, 64), np.uint8), "plain", 0, Wording([.5] * 5, .5, .5, .5))
 
 
 @pytest.mark.parametrize("text, found", [
@@ -164,12 +167,12 @@ def test_large_is_visibly_larger_than_small(many):
             assert min(areas["large"]) > 1.3 * max(areas["small"]), (shape, min(areas["large"]), max(areas["small"]))
 
 
-def test_things_do_hide_each_other(many):
+def test_objects_do_hide_each_other(many):
     hidden = [t.mask.sum() < .95 * t.area for objects in OBJECTS for s in many[objects] for t in s.things]
     assert .03 < np.mean(hidden) < .5
 
 
-def test_the_named_colour_covers_most_of_a_thing(many):
+def test_the_named_colour_covers_most_of_an_object(many):
     palette = np.array([RGB[c] for c in COLOURS])
     right = []
     for objects in ("plain", "patterned"):
@@ -182,7 +185,7 @@ def test_the_named_colour_covers_most_of_a_thing(many):
     assert np.mean(right) > .98
 
 
-def test_patterned_things_have_two_colours(many):
+def test_patterned_objects_have_two_colours(many):
     palette = np.array([RGB[c] for c in COLOURS])
     for s in many["patterned"][:100]:
         for t in s.things:
@@ -202,6 +205,41 @@ def test_all_words_occur(many):
     assert {b for s in many["plain"] for b in s.backgrounds} == set(BACKGROUNDS)
     counts = Counter(t.shape for t in things)
     assert max(counts.values()) < 1.6 * min(counts.values())
+
+
+def covered(area, head, n):
+    "May n of an object's `area` pixels be covered, where `head` of them are its head?"
+    canvas, window, cells = _Canvas(np.zeros((64, 64, 3))), (slice(20, 30), slice(20, 30)), np.arange(100).reshape(10, 10)
+    canvas.put(SceneObject("red", "cat", "small", "plain", (25, 25), 5., area), window, cells < area, cells < head)
+    return canvas.fits(window, cells < n)
+
+
+def test_what_may_be_hidden():
+    assert covered(100, 0, 65) and not covered(100, 0, 66), "35 % of it stays"
+    assert covered(60, 0, 36) and not covered(60, 0, 37), "24 pixels stay"
+    assert covered(100, 100, 40) and not covered(100, 100, 41), "60 % of the head stays"
+    assert covered(100, 10, 4) and not covered(100, 10, 5)
+
+
+# ---- the scenes the shipped weights were trained on ----
+
+@pytest.mark.parametrize("objects, expected", [
+    ("plain", "2983b421c9cc7366967094620d61ea3f65899498"), ("patterned", "3cd2e9187ba66825fc16ff669c1566c434184110"), ("parts", "337c6551cf34e8c533f8669ef01e4dab8d277bf7")])
+def test_scenes_are_what_they_always_were(objects, expected):
+    "Label maps, boxes and language of a hundred scenes: models in the package and numbers in the book come from these."
+    told = hashlib.sha1()
+    for i in range(100):
+        s = scene(i, seed=1, objects=objects)
+        told.update(s.label_map.tobytes())
+        told.update(repr((s.caption, s.nouns, s.tags, s.expressions(), [t.box for t in s.things])).encode())
+    assert told.hexdigest() == expected
+
+
+def test_pictures_are_what_they_always_were():
+    "Nine pictures, bit for bit up to the rounding of another processor's sine."
+    kept = np.asarray(Image.open(ROOT / "tests" / "scenes.png")).astype(int)
+    drawn = np.concatenate([np.concatenate([scene(i, objects=objects).image for i in range(3)], 1) for objects in OBJECTS])
+    assert np.abs(kept - drawn).max() <= 1 and (kept != drawn).mean() < 1e-3
 
 
 # ---- determinism, splits, held-out pairs ----
@@ -249,7 +287,7 @@ def test_any_size(size, objects):
         assert all(t.mask.sum() >= 24 * (size / 64) ** 2 for t in s.things)
 
 
-def test_a_larger_scene_shows_the_same_things():
+def test_a_larger_scene_shows_the_same_objects():
     def shown(i, size): return [label_of(t) for t in scene(i, size=size).things]
     same = [shown(i, 64) == shown(i, 128) for i in range(60)]
     assert np.mean(same) > .8
@@ -289,7 +327,6 @@ def test_short_rows_begin_long_rows():
 
 def test_png_loses_nothing():
     import io
-    from PIL import Image
     array = scene(0).label_map
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(array)))), array)
 
@@ -305,7 +342,7 @@ def test_png_loses_nothing():
     (dict(objects="animals"), ValueError, "objects"), (dict(objects=None), ValueError, "objects"),
     (dict(pairs="unseen"), ValueError, "pairs")])
 def test_scene_names_the_bad_argument(kind, error, name):
-    with pytest.raises(error, match=f"^{name}: got .*wanted"): scene(**{"index": 0, **kind})
+    with pytest.raises(error, match=f"^{name}: got .*; wanted"): scene(**{"index": 0, **kind})
 
 
 @pytest.mark.parametrize("task, kind, error, name", [
@@ -314,7 +351,16 @@ def test_scene_names_the_bad_argument(kind, error, name):
     ("referring", dict(kinds=[]), ValueError, "kinds"), ("semantic", dict(kinds="size"), ValueError, "kinds"),
     ("semantic", dict(size=12), ValueError, "size"), ("semantic", dict(split="all"), ValueError, "split")])
 def test_rows_names_the_bad_argument(task, kind, error, name):
-    with pytest.raises(error, match=f"^{name}: got .*wanted"): rows(task, **{"n": 2, **kind})
+    with pytest.raises(error, match=f"^{name}: got .*; wanted"): rows(task, **{"n": 2, **kind})
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_the_smallest_and_the_largest_size_will_do(size):
+    assert scene(0, size=size).image.shape == (size, size, 3)
+
+
+def test_label_names_name_the_bad_argument():
+    with pytest.raises(ValueError, match="^objects: got 'cartoon'; wanted one of 'plain'"): label_names("cartoon")
 
 
 def test_numpy_integers_will_do():
