@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -32,13 +33,14 @@ def inside(
     folder, # where the file must lie
     name: str, # as a stranger's file gives it
 ) -> str: # absolute path of the file
-    "The file called `name` in `folder`; `ValueError` for a name that leads out of it and for a file that is not there."
+    "The file called `name` in `folder`; `ValueError` for a name that leads out of it or is not there."
     parts = PurePosixPath(str(name).replace("\\", "/"))
     if (not isinstance(name, str) or not parts.parts or parts.is_absolute() or ".." in parts.parts
             or ":" in parts.parts[0] or "\0" in name):
-        raise ValueError(f"got the file name {name!r:.200}, which leads out of {folder}; wanted a plain name below it")
-    if not (Path(folder) / parts).is_file(): raise ValueError(f"got the file name {name!r}, which is not in {folder}")
-    return str((Path(folder) / parts).absolute())
+        raise ValueError(f"got the name {name!r:.200}, which leads out of {folder}; wanted a name below it")
+    file = (Path(folder) / parts).absolute()
+    if not file.is_file(): raise ValueError(f"got the name {name!r}, which is not in {folder}")
+    return str(file)
 
 # %% ../nbs/files.ipynb #0895a566
 def read_text(
@@ -46,12 +48,13 @@ def read_text(
 ) -> str:
     "The text of a file; `ValueError` where it is not UTF-8."
     try: return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e: raise ValueError(f"got {str(path)!r}, which is not UTF-8 text ({e})") from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f"got {str(path)!r}, which is not UTF-8 text ({e})") from e
 
 def read_json(
     source, # a `Path` of a file, or a str that is JSON itself, such as one line of a file
 ):
-    "Parsed JSON; `ValueError` for what is none, without a traceback through the parser however deep it nests."
+    "Parsed JSON; `ValueError` for what is none, however deep it nests."
     text = read_text(source) if isinstance(source, os.PathLike) else source
     try: return json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -67,11 +70,12 @@ class ContainerUnpickler(pickle.Unpickler):
 def read_pickle(
     path, # a pickle of lists, dictionaries, tuples, text and numbers (Python 2 or 3)
 ):
-    "The content of a pickle, built without importing or calling anything; `ValueError` when it asks for more."
-    if not Path(path).is_file(): raise FileNotFoundError(f"got {str(path)!r}, which is not a file; wanted a pickle")
+    "The content of a pickle, built without importing or calling anything; `ValueError` if it asks for more."
+    if not Path(path).is_file(): raise FileNotFoundError(f"got {str(path)!r}, which is not a file")
     with open(path, "rb") as file:
         try: return ContainerUnpickler(file, encoding="latin-1").load()
-        except Exception as e: raise ValueError(f"got {str(path)!r} ({e}); wanted plain containers only") from e
+        except Exception as e:
+            raise ValueError(f"got {str(path)!r} ({e}); wanted plain containers only") from e
 
 # %% ../nbs/files.ipynb #fcffb33d
 class Inert:
@@ -85,12 +89,15 @@ class Inert:
 
 class TensorUnpickler(pickle.Unpickler):
     "Builds tensors and plain containers; every other name in the file becomes `Inert`."
-    allowed = {("collections", "OrderedDict"), ("torch.storage", "UntypedStorage"),
-               *(("torch._utils", f"_rebuild_{kind}") for kind in ("tensor_v2", "tensor_v3", "parameter"))}
+    builders = ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")
     def find_class(self, module, name):
         import torch
-        if (module, name) in self.allowed: return super().find_class(module, name)
-        kind = getattr(torch, name, None) if module == "torch" else None
+        if (module, name) == ("collections", "OrderedDict"): return OrderedDict
+        if (module, name) == ("torch.storage", "UntypedStorage"): return SimpleNamespace(dtype=torch.uint8)
+        if module == "torch._utils" and name in self.builders:
+            build = getattr(torch._utils, name)
+            return lambda *args: build(*args)      # not itself: a pickle can write to what it finds
+        kind = vars(torch).get(name) if module == "torch" else None
         return kind if isinstance(kind, torch.dtype) else Inert
 
 # %% ../nbs/files.ipynb #9ad1a4c4
@@ -99,58 +106,63 @@ def _torch_file(path, zipped):
     import torch
     if zipped:
         with zipfile.ZipFile(path) as archive: names = archive.namelist()
-        if any(n.endswith("constants.pkl") for n in names): raise ValueError("it is TorchScript, which is code")
-    else: path = io.BytesIO(Path(path).read_bytes())      # in memory, torch takes it for no tar archive to unpack
+        if any(n.endswith("constants.pkl") for n in names): raise ValueError("TorchScript, which is code")
     tensors_only = SimpleNamespace(__name__="tensors only", Unpickler=TensorUnpickler, loads=None,
                                    load=lambda file, **kwargs: TensorUnpickler(file, **kwargs).load())
-    return torch.load(path, map_location="cpu", pickle_module=tensors_only, weights_only=False)
+    # older files go through memory: torch would unpack a tar archive that is a file
+    with open(path, "rb") if zipped else io.BytesIO(Path(path).read_bytes()) as file:
+        return torch.load(file, map_location="cpu", pickle_module=tensors_only, weights_only=False)
 
 def read_tensors(
     path, # .safetensors, or what torch.save wrote: of any age, a Lightning checkpoint too
     skip: tuple = (), # names that begin with one of these are left out, and not even read from .safetensors
 ) -> dict: # name -> tensor, on the CPU and in the type that it has in the file
-    """The tensors of a file from anywhere. Nothing in it is run, and nothing but tensors and containers is built.
+    """The tensors of a file from anywhere. Nothing in it is run; only tensors and containers are built.
 
-    A `state_dict` or `model` in the file is unwrapped, `module.` before names is dropped, what is no tensor is left
-    out. `FileNotFoundError` where there is no file; `ValueError` for one that is damaged or holds no tensors."""
+    A `state_dict` or `model` in the file is unwrapped, `module.` before names dropped; the rest is left out.
+    `FileNotFoundError` where there is no file; `ValueError` for one that is damaged or has no tensors."""
     from safetensors import safe_open
     from torch import Tensor
-    if not Path(path).is_file(): raise FileNotFoundError(f"got {str(path)!r}, but there is no such file; wanted tensors")
+    if not Path(path).is_file(): raise FileNotFoundError(f"got {str(path)!r}, but there is no such file")
     try:
         with open(path, "rb") as file: head = file.read(9)
         zipped = head[:2] == b"PK"
         if head[8:] != b"{" and (zipped or head[:1] == b"\x80"): state = _torch_file(path, zipped)
         else:
-            with safe_open(path, "pt") as file: state = {k: file.get_tensor(k) for k in file.keys() if not k.startswith(skip)}
-    except Exception as e: raise ValueError(f"got {str(path)!r}, which is cut short or no file of tensors ({e})") from e
+            with safe_open(path, "pt") as file:
+                state = {k: file.get_tensor(k) for k in file.keys() if not k.startswith(tuple(skip))}
+    except Exception as e:
+        raise ValueError(f"got {str(path)!r}, which is cut short or no file of tensors ({e})") from e
     while isinstance(state, dict):
         inner = next((state[k] for k in ("state_dict", "model") if isinstance(state.get(k), dict)), None)
         if inner is None: break
         state = inner
     state = state if isinstance(state, dict) else {}
-    names = {k: k.removeprefix("module.") for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not names: raise ValueError(f"got {str(path)!r}, which holds no dictionary of tensors")
-    return {new: state[k].detach() for k, new in names.items() if not new.startswith(skip)}
+    state = {k.removeprefix("module."): v.detach() for k, v in state.items()
+             if isinstance(k, str) and isinstance(v, Tensor)}
+    if not state: raise ValueError(f"got {str(path)!r}, which holds no dictionary of tensors")
+    return {k: v for k, v in state.items() if not k.startswith(tuple(skip))}
 
-# %% ../nbs/files.ipynb #83562591
+# %% ../nbs/files.ipynb #f5d10c12
 def tied(
     tensors: dict, # name -> tensor
 ) -> dict: # name -> the first name with the same memory: its own, for most
     "Which names speak of one tensor, such as an embedding that is used again at the output."
     first, out = {}, {}
     for k, t in tensors.items():
-        key = (t.device, t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride()) if t.numel() else k
-        out[k] = first.setdefault(key, k)
+        where = (t.device, t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride())
+        out[k] = first.setdefault(where if t.numel() else k, k)
     return out
 
+# %% ../nbs/files.ipynb #83562591
 def load_tensors(
     model, # the module that gets them
     tensors: dict, # name -> tensor
     unused: tuple = (), # beginnings of names that may be left over, such as a classifier
 ) -> list: # the names left over, each of which begins with one of `unused`
-    """Fill every tensor of a model, cast to the model's own types. Nothing is skipped in silence: one `ValueError` names
-    what is missing, unexpected, of another shape or kind of number, or holds NaN. Of tied tensors one name is enough;
-    BatchNorm's counters of batches, which older files lack and frozen layers do not have, may be missing or left over."""
+    """Fill every tensor of a model, cast to the model's own types. Nothing is skipped in silence: one
+    `ValueError` names what is missing, unexpected, of another shape or kind of number, or holds NaN. Of tied
+    tensors one name is enough; BatchNorm's counters of batches may be missing or left over."""
     own, groups = model.state_dict(), {}
     for k, first in tied(own).items(): groups.setdefault(first, set()).add(k)
     counter = lambda k: k.endswith("num_batches_tracked")
@@ -160,10 +172,12 @@ def load_tensors(
     faults = {
         "missing": [k for k, names in groups.items() if not names & tensors.keys() and not counter(k)],
         "unexpected": [k for k in extra if not k.startswith(tuple(unused))],
-        "of another shape": [f"{k} {tuple(t.shape)} for {tuple(o.shape)}" for k, t, o in both if t.shape != o.shape],
+        "of another shape": [f"{k} {tuple(t.shape)} for {tuple(o.shape)}" for k, t, o in both
+                             if t.shape != o.shape],
         "of another type": [f"{k} {t.dtype} for {o.dtype}" for k, t, o in both if kind(t) != kind(o)],
         "with NaN": [k for k, t, _ in both if t.is_floating_point() and t.float().isnan().any()]}
-    some = lambda names: ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    more = lambda names: f" and {len(names) - 5} more" if len(names) > 5 else ""
+    some = lambda names: ", ".join(sorted(names)[:5]) + more(names)
     faults = [f"{len(names)} {what}: {some(names)}" for what, names in faults.items() if names]
     if faults: raise ValueError(f"got tensors that do not fit {type(model).__name__}; " + "; ".join(faults))
     model.load_state_dict({k: t for k, t, _ in both}, strict=False)

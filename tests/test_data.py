@@ -1,5 +1,5 @@
 """Loaders on small fixtures in the official layouts, bad input, and the real data folder where it is present."""
-import csv, io, json, os, pickle, subprocess, sys, tarfile, warnings
+import csv, io, json, os, pickle, subprocess, sys, tarfile
 from pathlib import Path
 
 import datasets
@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-import lsbook.files
+from test_files import evil
+
 from lsbook import data as D
 
 REAL = Path(os.environ.get("LSBOOK_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -143,44 +144,6 @@ def test_check_rows_says_what_is_wrong(task, change, message):
 
 def test_unknown_task():
     with pytest.raises(ValueError, match="task: got 'masks'"): D.features("masks")
-
-
-# --- pickles
-
-def evil(target):
-    "A pickle that calls open(target, 'w'): what `pickle.dumps` would never write for data, spelt out in opcodes."
-    return b"cbuiltins\nopen\n(V" + str(target).encode() + b"\nVw\ntR."
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_plain_pickles_of_every_protocol(tmp_path, protocol):
-    value = [{"a": (1, 2.5, None, True), "é": ["x", 2**70]}]
-    (tmp_path / "p").write_bytes(pickle.dumps(value, protocol))
-    assert lsbook.files.read_pickle(tmp_path / "p") == value
-
-
-def test_python_2_text_is_latin_1(tmp_path):
-    (tmp_path / "p").write_bytes(b"\x80\x02]q\x00U\x04caf\xe9q\x01a.")
-    assert lsbook.files.read_pickle(tmp_path / "p") == ["caf\xe9"]
-
-
-def test_a_pickle_that_would_run_code_is_refused(tmp_path):
-    target = tmp_path / "made"
-    bad = [evil(target), b"(S'touch " + str(target).encode() + b"'\nios\nsystem\n.",
-           b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x05touch\x85R.", b"\x80\x02\x82\x01.", b"Pname\n.",
-           pickle.dumps(np.zeros(2)), pickle.dumps(Path("x"))]
-    for b in bad:
-        (tmp_path / "p").write_bytes(b)
-        with pytest.raises(ValueError, match="wanted plain containers"): lsbook.files.read_pickle(tmp_path / "p")
-        assert not target.exists()
-    pickle.loads(evil(target))
-    assert target.exists()  # so the same bytes do harm through the ordinary reader
-
-
-def test_truncated_and_missing_pickles(tmp_path):
-    (tmp_path / "p").write_bytes(pickle.dumps([{"a": 1}])[:-4])
-    with pytest.raises(ValueError, match="p.*truncated.*wanted plain containers"): lsbook.files.read_pickle(tmp_path / "p")
-    with pytest.raises(FileNotFoundError, match="is not a file"): lsbook.files.read_pickle(tmp_path / "q")
 
 
 # --- masks

@@ -1,6 +1,5 @@
 """Every form of a picture through every door: the same pixels, or an error that says what came and what is wanted."""
 import io
-import json
 import pickle
 import struct
 import warnings
@@ -13,7 +12,7 @@ from test_segmenter import LABELS, methods, noise, toy  # noqa: F401 (fixtures)
 
 from lsbook import show
 from lsbook.data import index_maps
-from lsbook.images import box_of, orientation, png, save_png, to_array, to_image, to_images, upright, upright_box
+from lsbook.images import box_of, orientation, png, to_array, to_image, to_images, upright, upright_box
 
 RGB = Image.fromarray(noise(30, 40))
 GREY16 = np.arange(0, 30 * 40 * 54, 54, dtype=np.uint16).reshape(30, 40)
@@ -378,14 +377,3 @@ def test_boxes():
 def test_png_keeps_every_value():
     for a in (noise(5, 6), noise(5, 6)[..., 0], GREY16): assert (np.asarray(Image.open(io.BytesIO(png(a)))) == a).all()
     assert np.asarray(Image.open(io.BytesIO(png(Image.fromarray(SIX > 3))))).tolist() == (SIX > 3).tolist()
-
-
-def test_save_png(tmp_path):
-    path = save_png(SIX, tmp_path / "a.png", palette=[(i, 2 * i, 3 * i) for i in range(7)], labels=json.dumps(["\u2603"]))
-    back = Image.open(path)
-    assert back.mode == "P" and (np.asarray(back) == SIX).all() and json.loads(back.text["labels"]) == ["\u2603"]
-    assert to_array(path)[1, 2].tolist() == [6, 12, 18]
-    save_png(SIX.astype(np.uint16) * 1000, path)                                    # replaces
-    assert np.asarray(Image.open(path)).max() == 6000
-    with pytest.raises(TypeError): save_png(SIX.astype(np.float64) + .5j, path)
-    assert np.asarray(Image.open(path)).max() == 6000 and list(tmp_path.iterdir()) == [path]

@@ -1,6 +1,5 @@
 """LSeg beyond its notebooks: the published checkpoints by name and shape, the shipped weights, bad input, real photographs."""
 import functools
-import pickle
 import subprocess
 import sys
 import warnings
@@ -11,9 +10,7 @@ import torch
 from PIL import Image
 
 from lsbook import evaluate, load, scenes
-from lsbook.lseg import model as lseg
 from lsbook.lseg.model import LSeg, LSegConfig
-from lsbook.files import read_tensors
 from lsbook.lseg.official import from_official, convert_name
 from lsbook.lseg.train import RECIPES, camvid_rows, fold_rows, fss_rows, two_way, zero_shot
 
@@ -118,40 +115,12 @@ def test_a_synthetic_checkpoint_loads_and_gives_its_own_values(tmp_path):
         from_official(tmp_path / "strange.ckpt", depth=2)
 
 
-class Harm:
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return exec, (f"open({str(self.path)!r}, 'w').write('ran')",)
-
-
-def test_nothing_pickled_in_a_checkpoint_runs(tmp_path):
-    trace = tmp_path / "trace"
-    for i, content in enumerate(({"state_dict": {"net.a": torch.ones(2)}, "callbacks": {Harm: 1, "x": Harm(trace)}},
-                                 {"state_dict": {"net.a": torch.ones(2), "net.b": Harm(trace)}})):
-        torch.save(content, tmp_path / f"{i}.ckpt")
-        assert read_tensors(tmp_path / f"{i}.ckpt")["net.a"].tolist() == [1, 1]
-    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Harm(trace)))
-    for name in ("plain.ckpt",):
-        with pytest.raises(ValueError, match="plain.ckpt"):
-            read_tensors(tmp_path / name)
-    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "script.ckpt")
-    with pytest.raises(ValueError, match="TorchScript, which is code"):
-        read_tensors(tmp_path / "script.ckpt")
-    assert not trace.exists()
-
-
-def test_truncated_missing_and_empty_checkpoints_are_named(tmp_path):
+def test_weights_that_are_not_lsegs_are_named(tmp_path):
     torch.save({"state_dict": {"net.a": torch.ones(1000)}}, tmp_path / "whole.ckpt")
-    data = (tmp_path / "whole.ckpt").read_bytes()
-    (tmp_path / "short.ckpt").write_bytes(data[:len(data) // 2])
-    torch.save({"state_dict": {}}, tmp_path / "empty.ckpt")
-    torch.save({"state_dict": 7}, tmp_path / "seven.ckpt")
-    (tmp_path / "end.ckpt").write_bytes(data[:-30] + bytes(30))                     # a broken table of contents
-    for name, error in (("short.ckpt", ValueError), ("end.ckpt", ValueError), ("empty.ckpt", ValueError), ("seven.ckpt", ValueError),
-                        ("none.ckpt", FileNotFoundError)):
-        with pytest.raises(error, match=name):
-            read_tensors(tmp_path / name)
-    with pytest.raises(ValueError, match="not LSeg's"):
+    with pytest.raises(ValueError, match="path: .*not LSeg's"):
         from_official(tmp_path / "whole.ckpt")
+    with pytest.raises(FileNotFoundError, match="path: .*none.ckpt"):
+        from_official(tmp_path / "none.ckpt")
 
 
 # --- the model -------------------------------------------------------------------------------------------------------------------

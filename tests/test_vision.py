@@ -1,5 +1,4 @@
 "Encoders: sizes over many inputs, weights from files, bad input."
-import os
 import subprocess
 import sys
 
@@ -8,9 +7,8 @@ import timm
 import torch
 import torchvision
 
-from lsbook.vision import (Normalise, ResNetPyramid, SmallPyramid, ViTFeatures, check_images, conv_block, map_sizes,
+from lsbook.vision import (Normalise, ResNetPyramid, SmallPyramid, ViTFeatures, check_images, map_sizes,
                            receptive_field, resize_positions, resnet_weights, spatial_code)
-from lsbook.files import load_tensors, read_tensors
 
 TINY = dict(embed_dim=24, depth=3, num_heads=2, img_size=32)
 
@@ -153,33 +151,6 @@ def test_what_would_go_wrong_silently_is_refused(stride, vit, resnet):
     (lambda: ViTFeatures("vit_tiny_patch16_224", (1, 0), **TINY), ValueError, "rising")])
 def test_bad_models(make, error, words):
     with pytest.raises(error, match=words): make()
-
-
-class Bomb:
-    def __reduce__(self): return os.system, ("touch went_off",)
-
-
-def test_bad_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="none.pth"): read_tensors("none.pth")
-    torch.save(Bomb(), "bomb.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "bomb.pth").read_bytes()[:40])
-    (tmp_path / "text.safetensors").write_text("no tensors at all")
-    for name in ("bomb.pth", "cut.pth", "text.safetensors"):
-        with pytest.raises(ValueError, match=name): read_tensors(name)
-    assert not (tmp_path / "went_off").exists()
-    for i, thing in enumerate((torch.zeros(2), {}, {"a": 1}, [torch.zeros(1)])):
-        torch.save(thing, f"{i}.pt")
-        with pytest.raises(ValueError, match="no dictionary of tensors"): read_tensors(f"{i}.pt")
-    cut = {k: v[:2] if k == "0.weight" else v for k, v in conv_block(3, 4, 1).state_dict().items()}
-    with pytest.raises(ValueError, match="1 of another shape: 0.weight"): load_tensors(conv_block(3, 4, 1), cut)
-
-
-def test_safetensors(tmp_path):
-    from safetensors.torch import save_file
-    a, b = conv_block(3, 4), conv_block(3, 4)
-    save_file(a.state_dict(), tmp_path / "a.safetensors")
-    assert load_tensors(b, read_tensors(tmp_path / "a.safetensors")) == [] and torch.equal(a[3].weight, b[3].weight)
 
 
 def test_normalise_moves_but_is_not_saved():
