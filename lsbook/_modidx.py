@@ -119,7 +119,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lsbook.images.box_of': ('images.html#box_of', 'lsbook/images.py'),
                                'lsbook.images.orientation': ('images.html#orientation', 'lsbook/images.py'),
                                'lsbook.images.png': ('images.html#png', 'lsbook/images.py'),
-                               'lsbook.images.save_png': ('images.html#save_png', 'lsbook/images.py'),
                                'lsbook.images.to_array': ('images.html#to_array', 'lsbook/images.py'),
                                'lsbook.images.to_image': ('images.html#to_image', 'lsbook/images.py'),
                                'lsbook.images.to_images': ('images.html#to_images', 'lsbook/images.py'),
