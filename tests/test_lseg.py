@@ -107,7 +107,9 @@ def test_a_synthetic_checkpoint_loads_and_gives_its_own_values(tmp_path):
     for name, tensor in state.items():
         new = convert_name(name)
         assert new is None or torch.equal(own[new], tensor.float() if tensor.is_floating_point() else tensor)
-    with pytest.raises(ValueError, match="depth: 0"):
+    assert model.config.long_side == 520 and model.config.regularization == "bottleneck" and model.config.depth == 2
+    assert model.config.backbone == "vitb32" and model.config.text == "clip:ViT-B-32-quickgelu"
+    with pytest.raises(ValueError, match="depth: got 0; the file holds a regularisation block"):
         from_official(tmp_path / "synthetic.ckpt")
     state["net.stranger"] = torch.ones(1)
     torch.save({"state_dict": state}, tmp_path / "strange.ckpt")
@@ -285,10 +287,24 @@ def test_camvid_rows(real_data):
 
 
 @pytest.mark.parametrize("theirs, ours", [   # shapes alone cannot tell one fusion layer, unit or level from another
-    ("scratch.refinenet4.out_conv.weight", "image.neck.fusion_stage.layers.0.projection.weight"),
+    *((f"scratch.refinenet{4 - i}.out_conv.weight", f"image.neck.fusion_stage.layers.{i}.projection.weight") for i in range(4)),
     ("scratch.refinenet1.resConfUnit1.conv2.weight", "image.neck.fusion_stage.layers.3.residual_layer1.convolution2.weight"),
+    ("scratch.refinenet4.resConfUnit2.conv1.weight", "image.neck.fusion_stage.layers.0.residual_layer2.convolution1.weight"),
     ("scratch.refinenet2.resConfUnit2.bn1.bias", "image.neck.fusion_stage.layers.2.residual_layer2.batch_norm1.bias"),
+    ("scratch.refinenet3.resConfUnit1.bn2.bias", "image.neck.fusion_stage.layers.1.residual_layer1.batch_norm2.bias"),
     ("pretrained.act_postprocess1.0.project.0.weight", "image.neck.reassemble_stage.readout_projects.0.0.weight"),
+    ("pretrained.act_postprocess4.0.project.0.bias", "image.neck.reassemble_stage.readout_projects.3.0.bias"),
+    ("pretrained.act_postprocess4.3.weight", "image.neck.reassemble_stage.layers.3.projection.weight"),
+    ("pretrained.act_postprocess1.4.weight", "image.neck.reassemble_stage.layers.0.resize.weight"),
+    ("pretrained.layer3.22.conv1.weight", "image.backbone.body.layer3.22.conv1.weight"),
+    ("pretrained.layer1.4.0.conv1.weight", "image.backbone.body.layer1.0.conv1.weight"),
     ("scratch.layer4_rn.weight", "image.neck.convs.3.weight")])
 def test_equal_shapes_are_not_swapped(theirs, ours):
-    assert convert_name("net." + theirs) == ours
+    assert convert_name("net." + theirs) == convert_name(theirs) == ours
+
+
+def test_a_name_that_is_not_of_lseg_is_refused():
+    for name in ("stranger", "net.scratch.refinenet5x.out_conv.weight", "clip.visual.proj", "scratch.head2.weight"):
+        with pytest.raises(ValueError, match=f"{name.removeprefix('net.')}', which is not LSeg's"):
+            convert_name(name)
+    assert convert_name("clip_pretrained.logit_scale") is convert_name("net.clip_pretrained.visual.conv1.weight") is None
