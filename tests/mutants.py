@@ -164,7 +164,7 @@ ROOMS = {
         ("if training: model.train()", "model.train()"),
         ("if training: model.eval()", "pass"),
     ]),
-    "text.words": Room("text.words", ["tests/test_text.py -k 'word or text or accent or mark or report or cut or process or check'"], [
+    "text.words": Room("text.words", ["tests/test_text.py -k word or text or accent or mark or report or cut or process or check"], [
         ('f"{name}[{i}]: got the blank', 'f"{name}[{i + 1}]: got the blank'),
         ('[0] in "CZ" for c in t)', '[0] == "Z" for c in t)'),
         ("most:int=8", "most:int=9"),
@@ -196,7 +196,7 @@ ROOMS = {
         ("persistent=False", "persistent=True"),
         ("word_vector(word, self.dim, self.seed)", "word_vector(word, self.dim)"),
     ]),
-    "text.bilstm": Room("text.bilstm", ["tests/test_text.py -k 'glove or bilstm or vocabulary or company or 500'"], [
+    "text.bilstm": Room("text.bilstm", ["tests/test_text.py -k glove or bilstm or vocabulary or company or 500"], [
         ("mask.sum(1).cpu()", "mask.sum(1).cpu() * 0 + mask.shape[1]"),
         ("enumerate(self.words, 2)", "enumerate(self.words, 1)"),
         ("if n > 1]", "if n > 2]"),
@@ -233,7 +233,7 @@ ROOMS = {
         ("self.joined(*states.chunk(2, -1))", "self.joined(*states.chunk(2, -1)[::-1])"),
         ("self.joined(*self.run(texts)[1])", "self.joined(*self.run(texts)[1].flip(0))"),
     ]),
-    "text.pretrained": Room("text.pretrained", ["tests/test_text.py -k 'bert or clip or cache or spec or version or 500 or company or odd or checkpoint or tag or unknown'"], [
+    "text.pretrained": Room("text.pretrained", ["tests/test_text.py -k bert or clip or cache or spec or version or 500 or company or odd or checkpoint or tag or unknown"], [
         ("if given == bool(vocabulary)", "if given and bool(vocabulary)"),
         ("add_pooling_layer=False)\n        return", "add_pooling_layer=True)\n        return"),
         ('"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"', '"[PAD]", "[UNK]", "[SEP]", "[CLS]", "[MASK]"'),
@@ -283,7 +283,7 @@ ROOMS = {
         ("torch.stack([self._rows[t] for t in texts])", "torch.stack([self._rows[t] for t in sorted(texts)])"),
         ('name.split("@", 1)', 'name.split("@", 1)[:1]'),
     ]),
-    "lseg.official": Room("lseg.official", ["tests/test_lseg.py -k 'swapped or refused or published or synthetic or truncated'"], [
+    "lseg.official": Room("lseg.official", ["tests/test_lseg.py -k swapped or refused or published or synthetic or truncated"], [
         ("backwards=4 - n[0]", "backwards=n[0] - 1"),
         ("below=n[0] - 1", "below=n[0]"),
         ("below=n[0] - 1", "below=4 - n[0]"),
