@@ -33,12 +33,13 @@ VITS = {  # timm name, blocks looked at, channels of the four reassembled maps, 
     "vitb32": ("vit_base_patch32_384", (2, 5, 8, 11), (96, 192, 384, 768), (8, 4, 2, 1))}
 
 class ResNetMaps(nn.Module):
-    "The four stages of a torchvision ResNet-101: images (B, 3, H, W) in [0, 1] -> maps at strides 4, 8, 16, 32."
+    "The four stages of torchvision's ResNet-101: images (B, 3, H, W) in [0, 1] -> maps at strides 4 to 32."
     channels = (256, 512, 1024, 2048)
     def __init__(self, weights=None):   # a torchvision name such as "IMAGENET1K_V1"; None is random
         super().__init__()
         self.normalise = Normalise()
-        self.body = IntermediateLayerGetter(resnet101(weights=weights), {f"layer{i}": f"layer{i}" for i in (1, 2, 3, 4)})
+        self.body = IntermediateLayerGetter(resnet101(weights=weights),
+                                            {f"layer{i}": f"layer{i}" for i in (1, 2, 3, 4)})
 
     def forward(self, images): return list(self.body(self.normalise(images)).values())
 
@@ -47,29 +48,33 @@ class DenseEncoder(nn.Module):
     """Image -> one vector a cell: a backbone, the DPT neck of transformers, and a 1×1 convolution.
 
     (B, 3, H, W) in [0, 1], sides multiples of `stride` -> (B, dim, H/2, W/2), or (B, dim, H, W) for "small".
-    LSeg (Li et al., ICLR 2022), Section 3, "Image encoder"; neck: Ranftl et al., ICCV 2021. `ValueError` for an unknown backbone."""
+    LSeg (Li et al., ICLR 2022), Section 3, "Image encoder"; neck: Ranftl et al., ICCV 2021. `ValueError` for
+    an unknown backbone."""
     def __init__(self,
         backbone: str,           # "vitl16", "vitb32", "resnet101", or "small" for scenes
         dim: int,                # channels of the output: the width of the text vectors
         fusion: int = 256,       # channels inside the neck
         width: int = 24,         # of the small backbone
-        weights: str = None,     # to start from: a timm tag or a file (ViTs), a torchvision name (ResNet); None is random
+        weights: str = None,     # to start from: a timm tag or file, a torchvision name; None is random
     ):
         super().__init__()
-        options = dict(fusion_hidden_size=fusion, use_batch_norm_in_fusion_residual=True, use_bias_in_fusion_residual=False)
+        options = dict(fusion_hidden_size=fusion, use_batch_norm_in_fusion_residual=True,
+                       use_bias_in_fusion_residual=False)
         if backbone in VITS:
             name, blocks, channels, factors = VITS[backbone]
             self.backbone, self.stride = ViTFeatures(name, blocks, weights), 32
             options |= dict(hidden_size=self.backbone.dim, reassemble_factors=list(factors))
-        elif backbone == "resnet101": self.backbone, self.stride, channels = ResNetMaps(weights), 32, ResNetMaps.channels
+        elif backbone == "resnet101":
+            self.backbone, self.stride, channels = ResNetMaps(weights), 32, ResNetMaps.channels
         elif backbone == "small":
             self.backbone, self.stride = SmallPyramid(width), 16
             channels = self.backbone.channels
-        else: raise ValueError(f"backbone: one of {[*VITS, 'resnet101', 'small']} is wanted, got {backbone!r}")
+        else: raise ValueError(f"backbone: got {backbone!r}; wanted one of {[*VITS, 'resnet101', 'small']}")
         self.patch = getattr(self.backbone, "patch", self.stride)
         self.neck = DPTNeck(DPTConfig(neck_hidden_sizes=list(channels), **options))
         if backbone not in VITS: self.neck.reassemble_stage = None              # these are maps already
-        self.neck.fusion_stage.layers[0].residual_layer1.requires_grad_(False)  # DPT's never used unit: the first level has no skip
+        # DPT's never used unit: the first level has no skip
+        self.neck.fusion_stage.layers[0].residual_layer1.requires_grad_(False)
         self.head = nn.Conv2d(fusion, dim, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -83,23 +88,23 @@ class LSegConfig:
     backbone: str = "vitl16"                  # "vitl16", "vitb32", "resnet101" or "small"
     text: str = "clip:ViT-B-32-quickgelu"     # a spec of `lsbook.text.text_encoder`
     words: list = field(default_factory=list) # the vocabulary, where text is "words"
-    dim: int = 512                            # of the word vectors, where text is "words"; CLIP brings its own
+    dim: int = 512                            # of the word vectors, where text is "words"
     fusion: int = 256                         # channels of the neck
     width: int = 24                           # of the small backbone
-    weights: str = None                       # to start the backbone from: a timm tag or file, a torchvision name
+    weights: str = None                       # to start the backbone from: see `DenseEncoder`
     regularization: str = "bottleneck"        # or "depthwise"
     depth: int = 0                            # applications of the regularisation block, 0 to 4
     long_side: int = 520                      # images are resized to this before the network sees them
-    crop: int = None                          # training crops of this side, with flip, scale and colour jitter; None: whole images
-    other: float = 0.                         # up to this share of the training labels is called "other" in a batch
+    crop: int = None                          # side of augmented training crops; None: whole images
+    other: float = 0.                         # up to this share of a batch's labels is called "other"
     labels: list = field(default_factory=list) # the names of the training label maps, in order
 
 # %% ../../nbs/lseg/03_model.ipynb #7754d635
 class LSeg(SemanticSegmenter):
     """Language-driven semantic segmentation (Li et al., ICLR 2022).
 
-    `segment(image, labels)` takes any labels; `encode_image(image).features` are the dense features, unit vectors
-    (dim, h, w) over the padded network input. The text tower is frozen."""
+    `segment(image, labels)` takes any labels; `encode_image(image).features` are the dense features, unit
+    vectors (dim, h, w) over the padded network input. The text tower is frozen."""
     method = "lseg"
 
     def __init__(self, config: LSegConfig):
@@ -115,7 +120,8 @@ class LSeg(SemanticSegmenter):
 
     def image_features(self, images):
         "(B, 3, H, W) in [0, 1] -> (B, dim, h, w) unit vectors"
-        return F.normalize(self.image(images).float(), dim=1).contiguous()   # the layout that products with words want
+        # the layout that products with words want
+        return F.normalize(self.image(images).float(), dim=1).contiguous()
 
     def encode_text(self, texts):
         "N strings -> (N, dim) unit vectors, encoded once per text"
@@ -124,27 +130,31 @@ class LSeg(SemanticSegmenter):
     def forward(self, images: Tensor, label_map: Tensor = None, texts: list = None) -> AttrDict:
         """Logits (B, N, H, W) for `texts`, and the loss where there is a `label_map` (B, H, W).
 
-        `texts`: a list of N, or for each image a list of N; by default the training labels, `config.labels`."""
+        `texts`: a list of N, or for each image a list of N; by default the training labels,
+        `config.labels`."""
         texts = self.config.labels if texts is None else texts
-        if not texts: raise ValueError("texts: labels are wanted; the model has no training labels to fall back on")
-        text = self.encode_text(texts) if isinstance(texts[0], str) else torch.stack([self.encode_text(t) for t in texts])
+        if not texts: raise ValueError("texts: got none, and config.labels is empty; wanted labels")
+        one_list = isinstance(texts[0], str)
+        text = self.encode_text(texts) if one_list else torch.stack([self.encode_text(t) for t in texts])
         logits = self.regularization(correlate(self.image(images), text))
         if logits.shape[-2:] != images.shape[-2:]:
             logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=True)
-        return AttrDict(loss=None if label_map is None else pixel_cross_entropy(logits, label_map), logits=logits)
+        loss = None if label_map is None else pixel_cross_entropy(logits, label_map)
+        return AttrDict(loss=loss, logits=logits)
 
 # %% ../../nbs/lseg/03_model.ipynb #0c9159c7
 def augment(
     image: Tensor,       # uint8 (3, h, w)
     label_map: Tensor,   # (h, w)
     crop: int,           # side of the square that comes out
-) -> tuple:              # the same two, (3, crop, crop) and (crop, crop); 255 where the crop reaches past the image
-    "LSeg's augmentation (scale 0.5 to 2, flip, crop) and a colour jitter of ours; image and labels move together."
+) -> tuple:  # the same two, (3, crop, crop) and (crop, crop); 255 where the crop reaches past the image
+    "LSeg's augmentation (scale 0.5 to 2, flip, crop), and a colour jitter of ours, on image and labels."
     image, label_map = tv_tensors.Image(image), tv_tensors.Mask(label_map[None])
     scale = 2 ** (2 * torch.rand(()).item() - 1)
     size = [max(1, round(side * scale)) for side in image.shape[-2:]]
     change = v2.Compose([v2.Resize(size), v2.RandomHorizontalFlip(), v2.ColorJitter(.4, .4, .4),
-                         v2.RandomCrop(crop, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: 255})])
+                         v2.RandomCrop(crop, pad_if_needed=True,
+                                       fill={tv_tensors.Image: 0, tv_tensors.Mask: 255})])
     image, label_map = change(image, label_map)
     return image.as_subclass(Tensor), label_map[0].as_subclass(Tensor)
 
@@ -154,7 +164,7 @@ def relabel_as_other(
     labels: list,        # N names
     share: float,        # each label is left out with a probability drawn anew from [0, share]
 ) -> dict:               # texts: the names kept and "other"; label_map: numbers in `texts`
-    'Leave some labels out of the list and call their pixels "other", so that the word is trained to mean "none of these".'
+    'Leave some labels out and call their pixels "other": so the word is trained to mean "none of these".'
     keep = torch.rand(len(labels)) >= share * torch.rand(())
     table = torch.full((256,), 255)
     table[:len(labels)] = torch.where(keep, keep.cumsum(0) - 1, keep.sum())
@@ -165,24 +175,29 @@ def relabel_as_other(
 def collate(self: LSeg,
     rows: list,          # semantic rows; with a column `label`, two-way rows: 0 is "others", 1 is that label
 ) -> dict:               # images (B, 3, H, W) in [0, 1], label_map (B, H, W), and texts for two-way rows
-    """Semantic rows as a batch. With `config.crop` and in training mode each row is augmented; otherwise it is brought to
-    `config.long_side` and padded (labels with 255) to the stride. `ValueError` where an image and its map differ in size."""
+    """Semantic rows as a batch. With `config.crop` and in training mode each row is augmented; otherwise it
+    is brought to `config.long_side` and padded (labels with 255) to the stride. `ValueError` where an image
+    and its map differ in size."""
     images, maps = [], []
     for i, row in enumerate(rows):
         image, target = to_image(row["image"]), np.array(row["label_map"])
         if image.size != target.shape[::-1]:
-            raise ValueError(f"rows[{i}]: the label map is {target.shape[::-1]}, the image {image.size}; the same size is wanted")
+            got = f"a label map of {target.shape[::-1]} and an image of {image.size}"
+            raise ValueError(f"rows[{i}]: got {got}; wanted one size")
         h, w = self.network_size(image)
         image = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1)
-        target = F.interpolate(torch.from_numpy(target)[None, None].float(), (h, w), mode="nearest-exact")[0, 0].long()
+        target = torch.from_numpy(target)[None, None].float()
+        target = F.interpolate(target, (h, w), mode="nearest-exact")[0, 0].long()
         if self.config.crop and self.training: image, target = augment(image, target, self.config.crop)
         images.append(image)
         maps.append(target)
     h, w = self.padded_size([max(m.shape[d] for m in maps) for d in (0, 1)])
     fit = lambda x, value: F.pad(x, (0, w - x.shape[-1], 0, h - x.shape[-2]), value=value)
-    batch = dict(images=torch.stack([fit(x, 0) for x in images]).float() / 255, label_map=torch.stack([fit(m, 255) for m in maps]))
+    batch = dict(images=torch.stack([fit(x, 0) for x in images]).float() / 255,
+                 label_map=torch.stack([fit(m, 255) for m in maps]))
     if "label" in rows[0]: batch["texts"] = [["others", row["label"]] for row in rows]
-    elif self.config.other and self.training: batch |= relabel_as_other(batch["label_map"], self.config.labels, self.config.other)
+    elif self.config.other and self.training:
+        batch |= relabel_as_other(batch["label_map"], self.config.labels, self.config.other)
     return batch
 
 # %% ../../nbs/lseg/03_model.ipynb #30f30c6f
@@ -192,11 +207,12 @@ def label_map(self: LSeg,
     text: Tensor,        # (N, dim) unit vectors from `encode_text`
     chunk: int = 32,     # labels looked at together
 ) -> Tensor:             # (H, W) int64 at the image's own size
-    "The arg-max over labels at the image's own size, holding the logits of `chunk` labels at a time (of fewer for large images)."
+    "The arg-max over labels at the image's own size, with the logits of at most `chunk` labels at a time."
     chunk = max(1, min(chunk, 2**24 // (encoded.image.width * encoded.image.height)))
     features = encoded.features.flatten(1)
     def raw():
-        for part in text.split(chunk): yield (SCALE * part @ features).view(1, len(part), *encoded.features.shape[-2:])
+        for part in text.split(chunk):
+            yield (SCALE * part @ features).view(1, len(part), *encoded.features.shape[-2:])
     def whole():
         for logits in self.regularization.chunks(raw):
             if logits.shape[-2:] != encoded.frame.padded:

@@ -22,9 +22,9 @@ def correlate(
 ) -> Tensor:               # (B, N, h, w) logits in [-scale, scale]
     """The word-pixel correlation tensor: `scale` times the cosine of every pixel with every label.
 
-    LSeg (Li et al., ICLR 2022), Section 3, "Word-pixel correlation tensor". `ValueError` where the widths C differ."""
+    LSeg (Li et al., ICLR 2022), Section 3, "Word-pixel correlation tensor". `ValueError` for unequal C."""
     if features.shape[1] != text.shape[-1]:
-        raise ValueError(f"text: vectors of {features.shape[1]} channels are wanted, like the features', got {tuple(text.shape)}")
+        raise ValueError(f"text: got {tuple(text.shape)}; wanted vectors of {features.shape[1]} channels")
     features, text = F.normalize(features, dim=1), F.normalize(text, dim=-1)
     return scale * torch.einsum("bchw,nc->bnhw" if text.ndim == 2 else "bchw,bnc->bnhw", features, text)
 
@@ -32,7 +32,7 @@ def correlate(
 def running_argmax(
     chunks,          # iterable of (B, n, h, w) logits of consecutive labels
 ) -> tuple:          # (B, h, w) highest logit, (B, h, w) its label index; the lowest index where several tie
-    "Arg-max over labels that arrive in chunks: memory for one chunk and two maps, however many labels there are."
+    "Arg-max over labels that arrive in chunks, with memory for one chunk and two maps."
     best, index, start = None, None, 0
     for chunk in chunks:
         value, at = chunk.max(1)

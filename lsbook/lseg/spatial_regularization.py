@@ -13,10 +13,11 @@ from ..losses import in_float32
 
 # %% ../../nbs/lseg/02_spatial_regularization.ipynb #02e87baf
 class SpatialRegularization(nn.Module):
-    """LSeg's regularisation block: one 3×3 kernel shared by all labels and all `depth` applications (10 parameters).
+    """LSeg's regularisation block, 10 parameters: one 3×3 kernel for all labels and all `depth` applications.
 
     (B, N, h, w) logits -> the same shape, equivariant to the order of the labels.
-    LSeg (Li et al., ICLR 2022), Section 3, "Spatial regularization". `ValueError` for another `kind` or a negative `depth`."""
+    LSeg (Li et al., ICLR 2022), Section 3, "Spatial regularization". `ValueError` for another `kind` or a
+    negative `depth`."""
     def __init__(self,
         kind: str = "bottleneck",  # "bottleneck" adds the maximum over labels, "depthwise" does not
         depth: int = 2,            # applications of the block; 0 is no block
@@ -33,7 +34,7 @@ class SpatialRegularization(nn.Module):
 
     @in_float32
     def block(self, logits, peak=None, last=False):
-        "One application; `peak` (B, 1, h, w) is the maximum over all labels where `logits` holds only some of them."
+        "One application; `peak` (B, 1, h, w): the maximum over all labels, where `logits` holds only some."
         n, weight, bias = logits.shape[1], self.conv.weight.float(), self.conv.bias.float()
         out = F.conv2d(logits, weight.expand(n, 1, 3, 3), bias.expand(n), padding=1, groups=n)
         if self.kind == "bottleneck": out = out + (logits.amax(1, keepdim=True) if peak is None else peak)
@@ -45,10 +46,10 @@ class SpatialRegularization(nn.Module):
         return logits
 
     def chunks(self, make):
-        """Yield the regularised logits of consecutive labels, chunk by chunk; `make()` yields the raw ones anew each time.
+        """Yield the regularised logits chunk by chunk; `make()` yields the raw ones anew each time.
 
-        The depthwise block needs one pass. The bottleneck needs the maximum over all labels before each application,
-        so it takes `depth` passes more: time for memory."""
+        The depthwise block needs one pass. The bottleneck needs the maximum over all labels before each
+        application, so it takes `depth` passes more: time for memory."""
         peaks = []
         if self.kind == "bottleneck":
             for i in range(self.depth):
