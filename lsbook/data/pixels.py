@@ -108,8 +108,8 @@ class ImageFile(datasets.Image):
 
     `kind` "photo" gives RGB, "mask" mode L with 0 and 255, "index" a label map: the values of a file go
     through `remap_labels`, an image made in memory holds final ones. `image.info["file"]` names the file. One
-    that cannot be read, a decompression bomb included (PIL's limit stays on), is a `ValueError` with its name;
-    a mask that is empty, or grey rather than black and white, is warned of."""
+    that cannot be read, a decompression bomb included (PIL's limit stays on), is a `ValueError` with its
+    name; a mask that is empty, or grey rather than black and white, is warned of."""
     kind: str = "photo"
     labels: int = 255
     first: int = 0
