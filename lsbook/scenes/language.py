@@ -184,7 +184,7 @@ def referents(
     def holds(k):
         a, b = _extent(scene.things[k].mask)
         return {"left of": a < x, "right of": a > x, "above": b < y, "below": b > y}[relation]
-    return [k for k in found if k != where[0] and holds(k)]
+    return [k for k in found if holds(k)]
 
 # %% ../../nbs/scenes/03_language.ipynb #756ce9ec
 WANTED = {"attribute": .28, "size": .22, "superlative": .22, "relation": .28}
