@@ -113,9 +113,9 @@ def test_not_finite_and_interrupted(method, monkeypatch, capsys):
     def raising(error):
         def fit(*args, **kw): raise error
         return fit
-    monkeypatch.setattr(training, "fit", raising(FloatingPointError("the loss is not a finite number at step 7")))
+    monkeypatch.setattr(training.runs, "fit", raising(FloatingPointError("the loss is not a finite number at step 7")))
     assert cli.main(["train", "tiny", "--out", "x"]) == 1 and "at step 7" in capsys.readouterr().err
-    monkeypatch.setattr(training, "fit", raising(KeyboardInterrupt(
+    monkeypatch.setattr(training.runs, "fit", raising(KeyboardInterrupt(
         "interrupted after step 7; checkpoint saved: fit(..., out='x', resume=True) goes on from there")))
     assert cli.main(["train", "tiny", "--out", "x"]) == 130
     said = capsys.readouterr().err

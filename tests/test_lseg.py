@@ -240,7 +240,7 @@ def test_fold_recipes_leave_the_unseen_classes_out(tmp_path):
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / f"JPEGImages/{i}.jpg")
         Image.fromarray(rng.choice(classes, (20, 30)).astype(np.uint8)).save(tmp_path / f"SegmentationClass/{i}.png")
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("0\n1\n2\n")
-    rows, _ = fold_rows("pascal-5i", 0)(tmp_path)                       # unseen: aeroplane (1) to bottle (5)
+    rows, _ = fold_rows("pascal-5i", 0, tmp_path)                       # unseen: aeroplane (1) to bottle (5)
     assert [r["label"] for r in rows] == ["bus", "tv monitor"] or [r["label"] for r in rows][0] == "bus"
     assert set(np.unique(np.asarray(rows[1]["label_map"]))) == {0, 1, 255}
     assert RECIPES["pascal-5i/0"].as_dict()["rows"].startswith("lsbook.lseg.train:")

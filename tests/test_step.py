@@ -282,7 +282,7 @@ def refer_folder(root, n=3):
 
 
 def test_real_rows_train_it(tmp_path):
-    train, valid = refer_rows("refcoco", "unc")(refer_folder(tmp_path))
+    train, valid = refer_rows("refcoco", "unc", refer_folder(tmp_path))
     r = recipe("step", "paper").replace(steps=20, batch_size=2, eval_every=20)
     m = tiny(words=words_of(train))
     got = fit(m, train, valid, r)
@@ -296,7 +296,7 @@ def test_the_papers_recipe_takes_its_words_from_the_rows(tmp_path):
     folder = ["--root", str(refer_folder(tmp_path / "data")), "--out", str(tmp_path / "run")]
     assert cli.main(["train", "step", "--scale", "paper", "--steps", "2", *folder, *changes]) == 0
     trained = load(str(tmp_path / "run"))
-    rows = refer_rows("refcoco", "unc")(tmp_path / "data")[0]
+    rows = refer_rows("refcoco", "unc", tmp_path / "data")[0]
     assert trained.config.words == words_of(rows) and len(trained.config.words) > 2
     assert trained.segment(rows[0]["image"], rows[0]["expression"]).mask.shape == (70, 80)
 

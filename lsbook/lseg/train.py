@@ -7,6 +7,7 @@ __all__ = ['SEEN', 'CAMVID', 'small', 'clip', 'sgd', 'RECIPES', 'only', 'scene_r
            'fold_rows', 'fss_rows', 'ade20k_rows', 'zero_shot']
 
 # %% ../../nbs/lseg/04_train.ipynb #2ced7442
+from functools import partial
 from pathlib import Path
 import numpy as np
 from PIL import Image
@@ -72,14 +73,12 @@ def trained_classes(benchmark, fold):
 def fold_rows(
     benchmark: str,   # "pascal-5i" or "coco-20i"
     fold: int,        # 0 to 3: the classes that stay unseen
-):                    # a function root -> (training rows, None), for a recipe
+    root: str,        # the folder with the data
+) -> tuple:           # (training rows, None)
     "Two-way rows of the classes that are *not* in the fold. PASCAL: VOC layout; COCO: `images/`, `labels/` with value = class + 1."
     train = trained_classes(benchmark, fold)
-    def rows(root):
-        if benchmark == "pascal-5i": return two_way(voc(root, "train"), train), None
-        return two_way(index_maps(f"{root}/images", f"{root}/labels", COCO_NAMES, first=1), train), None
-    rows.__qualname__ = f"fold_rows({benchmark!r}, {fold}).rows"
-    return rows
+    if benchmark == "pascal-5i": return two_way(voc(root, "train"), train), None
+    return two_way(index_maps(f"{root}/images", f"{root}/labels", COCO_NAMES, first=1), train), None
 
 # %% ../../nbs/lseg/04_train.ipynb #ec40a2b4
 def fss_rows(root):
@@ -135,7 +134,7 @@ RECIPES = {
         config=clip | dict(backbone="vitl16", weights="augreg_in21k_ft_in1k", long_side=520, crop=480),
         notes="ADE20K as the official code trains it: 240 epochs, SGD 0.9, lr 0.004 for a batch of 16, ten times that for the decoder, "
               "polynomial 0.9 (there per epoch, here per step), no mixed precision."),
-} | {f"{b}/{f}": Recipe("lseg", f"{b}/{f}", rows=fold_rows(b, f), steps=4 * n // 20, batch_size=20, lr=.005, **sgd,
+} | {f"{b}/{f}": Recipe("lseg", f"{b}/{f}", rows=partial(fold_rows, b, f), steps=4 * n // 20, batch_size=20, lr=.005, **sgd,
         config=clip | dict(backbone="resnet101", weights="IMAGENET1K_V1", long_side=480, crop=480, labels=["others"] + trained_classes(b, f)),
         notes="Zero-shot folds. No script was published: the authors say to stop within four epochs and to sweep the learning rate.")
      for b, n in (("pascal-5i", 1464), ("coco-20i", 82081)) for f in range(4)} | {

@@ -7,6 +7,7 @@ __all__ = ['small', 'paper', 'RECIPES', 'VARIANTS', 'Expressions', 'scene_rows',
 
 # %% ../../nbs/step/04_train.ipynb #1a88e287
 import random
+from functools import partial
 import numpy as np
 import torch
 from .. import scenes
@@ -14,7 +15,7 @@ from ..data import refer
 from ..metrics import evaluate
 from .model import STEP, STEPConfig
 from ..text import Vocabulary
-from ..training import Recipe, experiments, fit
+from ..training import Recipe
 
 # %% ../../nbs/step/04_train.ipynb #0a92c5c8
 class Expressions:
@@ -60,18 +61,15 @@ def words_of(
 def refer_rows(
     name: str,                # "refcoco", "refcoco+", "refcocog" or "refclef" (ReferIt)
     split_by: str,            # "unc", "google" or "berkeley"
+    root: str,                # the folder with <name>/ and images/
     train: tuple = ("train",) # splits to train on
-):                            # a function root -> (training rows, validation rows), for a recipe
+) -> tuple:                   # (training rows, validation rows)
     """Real rows in the official layout.
 
     ReferIt is trained on train and validation, as RRN and CMPC do, so what is validated on has been seen there."""
-    def rows(root):
-        from datasets import concatenate_datasets
-        if root is None: raise ValueError(f"root: the folder with {name}/ and images/ is wanted, got None")
-        read = lambda split: refer(root, name, split_by, split)
-        return concatenate_datasets([read(split) for split in train]), read("val")
-    rows.__qualname__ = f"refer_rows({name!r}, {split_by!r}, {train!r}).rows"
-    return rows
+    from datasets import concatenate_datasets
+    read = lambda split: refer(root, name, split_by, split)
+    return concatenate_datasets([read(split) for split in train]), read("val")
 
 # %% ../../nbs/step/04_train.ipynb #e9dbc587
 small = dict(words=scenes.words(), vector=64, cell=64, backbone="small", width=24, context=48, norm=True, atrous=64,
@@ -95,10 +93,11 @@ RECIPES = {
               " (`norm`); dice beside cross-entropy (`dice`), every P_t supervised (`supervise`) and the "
               "raw heatmaps too (`raw`); the backbone, which the paper takes trained on the label maps of "
               "VOC, learns the label maps of the scenes beside the expressions (`dense`)."),
-    "paper": Recipe("step", "paper", rows=refer_rows("refcoco", "unc"), **paper),
-    "refcoco+": Recipe("step", "refcoco+", rows=refer_rows("refcoco+", "unc"), **paper),
-    "refcocog": Recipe("step", "refcocog", rows=refer_rows("refcocog", "google"), **paper),
-    "referit": Recipe("step", "referit", rows=refer_rows("refclef", "berkeley", ("train", "val")), **paper)}
+    "paper": Recipe("step", "paper", rows=partial(refer_rows, "refcoco", "unc"), **paper),
+    "refcoco+": Recipe("step", "refcoco+", rows=partial(refer_rows, "refcoco+", "unc"), **paper),
+    "refcocog": Recipe("step", "refcocog", rows=partial(refer_rows, "refcocog", "google"), **paper),
+    "referit": Recipe("step", "referit", **paper,
+                      rows=partial(refer_rows, "refclef", "berkeley", train=("train", "val")))}
 
 # %% ../../nbs/step/04_train.ipynb #224baaf1
 def shortened(
@@ -125,6 +124,7 @@ def claims(
     variants=tuple(VARIANTS),
 ) -> list:               # the runs, each a dict that says what was measured and how it was made
     "Train each variant with each seed on scenes, score it on 300 expressions of validation scenes. Stop and resume at will."
+    from lsbook.training import experiments, fit
     rows = scenes.rows("referring", 300, split="valid")
     def run(variant, seed, steps):
         blank, recipe = variant == "no words", shortened(steps)
