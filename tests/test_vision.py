@@ -7,7 +7,7 @@ import timm
 import torch
 import torchvision
 
-from lsbook.vision import (Normalise, ResNetPyramid, SmallPyramid, ViTFeatures, check_images, map_sizes,
+from lsbook.vision import (Normalise, ResNetPyramid, SmallPyramid, ViTFeatures, check_images,
                            receptive_field, resize_positions, resnet_weights, spatial_code)
 
 TINY = dict(embed_dim=24, depth=3, num_heads=2, img_size=32)
@@ -28,18 +28,6 @@ def test_small_pyramid_sizes(size, levels):
     maps = model(torch.rand(1, 3, *size))
     want = [(1, c, size[0] // s, size[1] // s) for c, s in zip(model.channels, model.strides)]
     assert [tuple(m.shape) for m in maps] == want
-    assert [(r["height"], r["width"]) for r in map_sizes(model, size)] == [tuple(m.shape[2:]) for m in maps]
-
-
-def test_map_sizes_leaves_the_model_alone():
-    model = SmallPyramid(width=4).train()
-    model.stem.eval()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    map_sizes(model, 16)
-    assert model.training and model.stages.training and not model.stem.training
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    with pytest.raises(ValueError, match="multiples of 16"): map_sizes(model, 20)
-    assert model.training and not model.stem.training # restored also after an error
 
 
 def test_small_pyramid_gradient_and_one_dtype():
@@ -72,7 +60,6 @@ def test_vit_any_size(vit, size):
     tokens, (h, w) = vit(torch.rand(2, 3, *size)), (size[0] // 16, size[1] // 16)
     assert [tuple(t.shape) for t in tokens] == [(2, 1 + h * w, 24)] * 2
     assert [tuple(m.shape) for m in vit.maps(torch.rand(2, 3, *size))] == [(2, 24, h, w)] * 2
-    assert [(r["height"], r["width"], r["cells"]) for r in map_sizes(vit, size)] == [(h, w, h * w)] * 2
 
 
 def test_vit_maps_are_tokens_row_by_row(vit):
