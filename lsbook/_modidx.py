@@ -785,7 +785,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lsbook.vision.ViTFeatures.maps': ('vision.html#vitfeatures.maps', 'lsbook/vision.py'),
                                'lsbook.vision.check_images': ('vision.html#check_images', 'lsbook/vision.py'),
                                'lsbook.vision.conv_block': ('vision.html#conv_block', 'lsbook/vision.py'),
-                               'lsbook.vision.map_sizes': ('vision.html#map_sizes', 'lsbook/vision.py'),
                                'lsbook.vision.receptive_field': ('vision.html#receptive_field', 'lsbook/vision.py'),
                                'lsbook.vision.resize_positions': ('vision.html#resize_positions', 'lsbook/vision.py'),
                                'lsbook.vision.resnet_weights': ('vision.html#resnet_weights', 'lsbook/vision.py'),
