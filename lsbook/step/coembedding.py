@@ -19,7 +19,7 @@ def reread_literal(
     pixel: nn.Module,    # C -> a, the map of v to v~
     word: nn.Module,     # d -> a, the map of h to h~
 ) -> Tensor:             # (d,) the text s_t
-    """`s_t = sum_i p_i sum_j softmax_j(<v~_i, h~_j>) h_j`, as written: every pixel first builds a text of its own.
+    """`s_t = sum_i p_i sum_j softmax_j(<v~_i, h~_j>) h_j`, as written: each pixel builds a text of its own.
 
     STEP (Chen et al., ICCV 2019), equation of s_t."""
     affinity = pixel(v) @ word(h).T                     # (N, L)
@@ -35,7 +35,8 @@ def pixel_weights(
 ) -> Tensor:             # (..., N) at least 0, summing to 1
     """How much each pixel says about what the words mean now: the outer normalisation of s_t.
 
-    STEP (Chen et al., ICCV 2019), equation of s_t, prints a softmax of P. `ValueError` for another `outer`."""
+    STEP (Chen et al., ICCV 2019), equation of s_t, prints a softmax of P. `ValueError` for another
+    `outer`."""
     if outer == "P": return logits.float().sigmoid().softmax(-1)
     if outer == "logits": return logits.float().softmax(-1)
     if outer == "sum": return F.normalize(logits.float().sigmoid(), p=1, dim=-1)
@@ -48,10 +49,11 @@ def attend_words(
     pixel: nn.Conv2d,       # 1x1 convolution C -> a, the map of v to v~; it is never applied to the pixels
     mask: Tensor = None,    # (B, E, L) bool, True = word; None: every place counts
 ) -> Tensor:                # (B, E, L, h*w): for every pixel, weights of the words that sum to 1
-    """`softmax_j(<v~_i, h~_j>)`, the pixel projection folded into the words: `<W v + b, h~> = <v, W' h~> + <b, h~>`.
+    """`softmax_j(<v~_i, h~_j>)`, projection folded into the words: `<W v + b, h~> = <v, W' h~> + <b, h~>`.
 
-    Twenty words are projected to C channels, in place of thousands of pixels to a. It depends on the level and the
-    words but not on P, so it is computed once for all folds. STEP (ICCV 2019), inner softmax of s_t."""
+    Twenty words are projected to C channels, in place of thousands of pixels to a. It depends on the level
+    and the words but not on P, so it is computed once for all folds. STEP (ICCV 2019), inner softmax of
+    s_t."""
     W, b = pixel.weight.flatten(1), pixel.bias                              # (a, C), (a,)
     affinity = (keys @ W).flatten(1, 2) @ v.flatten(2) + (keys @ b).flatten(1)[..., None]
     affinity = affinity.unflatten(1, keys.shape[1:3])                       # (B, E, L, N)
@@ -64,7 +66,7 @@ def reread(
     p: Tensor,              # (B, E, N) weights of the pixels, from `pixel_weights`
     h: Tensor,              # (B, E, L, d) features of the words
 ) -> tuple:                 # (B, E, d) the text s_t, and (B, E, L) the weight of each word in it
-    "`s_t = (A p) H` in place of `(A' H)' p`: the same sum, associated so that no pixel needs a text of its own."
+    "`s_t = (A p) H` in place of `(A' H)' p`: the same sum, so associated that no pixel needs its own text."
     words = (attention @ p[..., None].to(attention)).squeeze(-1)
     return (words[..., None, :].to(h) @ h).squeeze(-2), words
 
@@ -75,10 +77,10 @@ def unit(x: Tensor, dim: int) -> Tensor:
 
 # %% ../../nbs/step/01_coembedding.ipynb #e7614bb1
 class Level(nn.Module):
-    """What STEP puts on one feature map: the spatial code, a 3x3 atrous convolution of rate 3, and two 1x1 maps.
+    """What STEP puts on one feature map: spatial code, 3x3 atrous convolution of rate 3, two 1x1 maps.
 
-    (B, C, h, w) -> v (B, `width`, h, w), and `W v + b` (B, `embed`, h, w), of which `CoEmbedding.pixels` makes phi.
-    STEP (ICCV 2019), visual features and embedding."""
+    (B, C, h, w) -> v (B, `width`, h, w), and `W v + b` (B, `embed`, h, w), of which `CoEmbedding.pixels`
+    makes phi. STEP (ICCV 2019), visual features and embedding."""
     def __init__(self,
         channels: int,           # C
         width: int,              # channels of v
@@ -117,11 +119,12 @@ class CoEmbedding(nn.Module):
         return (unit(self.psi(s), -1) @ phi.flatten(2)).unflatten(2, phi.shape[2:])
 
     def heatmap(self, score: Tensor) -> Tensor: return score.relu()
-    def logits(self, score: Tensor) -> Tensor: return 10 * (score - .5)   # for the supervision of raw heatmaps only
+    # for the supervision of raw heatmaps only
+    def logits(self, score: Tensor) -> Tensor: return 10 * (score - .5)
 
 # %% ../../nbs/step/01_coembedding.ipynb #32d6e497
 class Concatenation(nn.Module):
-    """What the co-embedding is compared with: `Q(i) = sigmoid(w tanh(W [v_i; s] + b) + c)`, concatenate and convolve.
+    """What the co-embedding is compared with, concatenation: `Q(i) = sigmoid(w tanh(W [v_i; s] + b) + c)`.
 
     `W [v; s] = W_v v + W_s s`, so that nothing needs to be tiled. One parameter more than `CoEmbedding`."""
     def __init__(self, text: int, embed: int):
@@ -130,7 +133,7 @@ class Concatenation(nn.Module):
 
     def pixels(self, x): return x
     def forward(self, phi, s):
-        both = (phi.flatten(2).unsqueeze(1) + self.psi(s)[..., None]).tanh()                     # (B, E, embed, N)
+        both = (phi.flatten(2).unsqueeze(1) + self.psi(s)[..., None]).tanh()  # (B, E, embed, N)
         return (self.w.weight @ both + self.w.bias).squeeze(2).unflatten(2, phi.shape[2:])
     def heatmap(self, score): return score.sigmoid()
     def logits(self, score): return score

@@ -15,10 +15,9 @@ def level_of(
     levels: int = 5,           # how many feature maps
     order: str = "shallow",    # "shallow": from the first map up; "deep": from the last down
 ) -> int:                      # l_t, from 1
-    """Which feature map step t looks at: `l_t = ((t - 1) mod levels) + 1`, the natural reading of the garbled formula.
+    """Which feature map step t looks at: `l_t = ((t - 1) mod levels) + 1`, as the garbled formula must mean.
 
-    `ValueError` for a step below 1 and for another order."""
-    if t < 1: raise ValueError(f"t: steps count from 1, got {t}")
+    `ValueError` for another order."""
     if order not in ("shallow", "deep"): raise ValueError(f"order: shallow or deep is wanted, got {order!r}")
     l = (t - 1) % levels
     return l + 1 if order == "shallow" else levels - l
@@ -32,8 +31,9 @@ class ConvGRU(nn.Module):
         h^ = tanh(R_h * (f . h) + W_h * x + b_h)       the reset comes before the recurrent convolution
         h' = z . h + (1 - z) . h^
 
-    R and W are slices of one kernel. (B, inputs, H, W) and (B, maps, H, W) -> (B, maps, H, W), in [-1, 1] as h is.
-    STEP (Chen et al., ICCV 2019), top-down heatmap refinement. Convolutional GRUs: Ballas et al., ICLR 2016."""
+    R and W are slices of one kernel. (B, inputs, H, W) and (B, maps, H, W) -> (B, maps, H, W), in [-1, 1] as
+    h is. STEP (Chen et al., ICCV 2019), top-down heatmap refinement. Convolutional GRUs: Ballas et al., ICLR
+    2016."""
     def __init__(self,
         maps: int = 32,      # hidden maps
         inputs: int = 1,     # maps of x
