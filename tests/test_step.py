@@ -309,10 +309,10 @@ def test_the_trace_ends_in_the_answer():
 
 def test_the_shipped_weights_keep_what_their_card_says():
     m = load("step")
-    card = json.loads((files("lsbook") / "weights/step.json").read_text(encoding="utf-8"))
+    metadata = json.loads((files("lsbook") / "weights/step.json").read_text(encoding="utf-8"))
     assert (files("lsbook") / "weights/step.safetensors").stat().st_size <= 4 * 2**20
     got = evaluate(m, scenes.rows("referring", 500, split="test"))
     assert got["mIoU"] >= .75 and got["Prec@0.5"] >= .85
     kinds = {k: v for k, v in got.items() if k.startswith("mIoU/")}
     assert len(kinds) == 4 and all(v >= .65 for v in kinds.values())
-    assert abs(got["mIoU"] - card["metrics"]["mIoU"]) < .01
+    assert abs(got["mIoU"] - metadata["metrics"]["mIoU"]) < .01

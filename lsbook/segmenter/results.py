@@ -60,19 +60,26 @@ def draw_labels(
     image,              # PIL image, RGB
     label_map,          # (H, W) index into `labels`, of the image's size
     labels,             # str
-    limit=None          # reduce the picture to this many pixels on its longer side
+    limit=None          # reduce the whole to this many pixels on its longer side
 ) -> Image.Image:
-    """The image under its label map, with a legend of the labels that occur and their shares. Small
+    """The image beside its label map, with a legend of the labels that occur and their shares. Small
     images are enlarged."""
     from lsbook import show
     found, palette = shares(label_map, labels), show.colours(25)
     shown = labels if len(labels) <= 24 else list(found)[:24]
     place = {s: i for i, s in enumerate(shown)}
     table = np.array([place.get(s, 24) for s in labels], np.uint8)
-    small = sized(Image.fromarray(table[label_map]), limit, smooth=False)
+    wide = image.width > 2 * image.height
+    if limit and not wide: limit = (limit - 4) // 2
+    seen, solid = sized(image, limit), Image.fromarray(np.array(palette, np.uint8)[table[label_map]])
+    w, h = seen.size
+    place_of_map = (0, h + 4) if wide else (w + 4, 0)
+    both = Image.new("RGB", (place_of_map[0] + w, place_of_map[1] + h), "white")
+    both.paste(seen, (0, 0))
+    both.paste(sized(solid, limit, smooth=False), place_of_map)
     rows = [(palette[place[s]], f"{printable(s, 40)} {p:.0%}") for s, p in found.items() if s in place]
     if len(rows) < len(found): rows.append((palette[24], f"{len(found) - len(rows)} more"))
-    return with_legend(show.label_overlay(sized(image, limit), np.asarray(small), n=25), rows)
+    return with_legend(both, rows)
 
 # %% ../../nbs/segmenter/04_results.ipynb #f2fed1d4
 def draw_mask(
