@@ -37,9 +37,9 @@ def inside(
     parts = PurePosixPath(str(name).replace("\\", "/"))
     if (not isinstance(name, str) or not parts.parts or parts.is_absolute() or ".." in parts.parts
             or ":" in parts.parts[0] or "\0" in name):
-        raise ValueError(f"got the name {name!r:.200}, which leads out of {folder}; wanted a name below it")
+        raise ValueError(f"got the name {name!r:.99}, which leads out of {str(folder)!r}; wanted one below it")
     file = (Path(folder) / parts).absolute()
-    if not file.is_file(): raise ValueError(f"got the name {name!r}, which is not in {folder}")
+    if not file.is_file(): raise ValueError(f"got the name {name!r}, which is not in {str(folder)!r}")
     return str(file)
 
 # %% ../nbs/files.ipynb #0895a566
