@@ -37,7 +37,7 @@ def inside(
     parts = PurePosixPath(str(name).replace("\\", "/"))
     if (not isinstance(name, str) or not parts.parts or parts.is_absolute() or ".." in parts.parts
             or ":" in parts.parts[0] or "\0" in name):
-        raise ValueError(f"got the name {name!r:.99}, which leads out of {str(folder)!r}; wanted one below it")
+        raise ValueError(f"got the name {name!r:.99}, which leads out of {str(folder)!r}; wanted one inside")
     file = (Path(folder) / parts).absolute()
     if not file.is_file(): raise ValueError(f"got the name {name!r}, which is not in {str(folder)!r}")
     return str(file)
