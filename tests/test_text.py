@@ -107,6 +107,18 @@ def test_only_unknown_words_are_said_and_answered():
             warnings.simplefilter("error")              # once is enough
             e(["zebra"])
     assert encoders()["clip"].check(["zebraish qwzx"]).unknown == []
+    e = WordVectors(["red"], dim=16, seed=3)
+    assert e.check(["of the", "red"]).unknown == []         # stop words alone are no unknown words
+    assert torch.equal(quiet(e, ["zebra"]), WordVectors(["zebra"], dim=16, seed=3)(["zebra"]))
+
+
+def test_a_cut_text_is_said_once():
+    e = encoders()["bilstm"]
+    with pytest.warns(UserWarning, match="cut"): e(["red " * 30])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        e(["red " * 30])
+    with pytest.warns(UserWarning, match="cut"): e(["blue " * 30])
 
 
 def test_warning_stays_short():
