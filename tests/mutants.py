@@ -236,7 +236,6 @@ ROOMS = {
     "text.pretrained": Room("text.pretrained", ["tests/test_text.py -k bert or clip or cache or spec or version or 500 or company or odd or checkpoint or tag or unknown"], [
         ("if given == bool(vocabulary)", "if given and bool(vocabulary)"),
         ("add_pooling_layer=False)\n        return", "add_pooling_layer=True)\n        return"),
-        ('"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"', '"[PAD]", "[UNK]", "[SEP]", "[CLS]", "[MASK]"'),
         ("max_tokens:int=40) ->", "max_tokens:int=64) ->"),
         ("max_tokens:int=40, #", "max_tokens:int=64, #"),
         ("room, kept = max_tokens - 2, []", "room, kept = max_tokens - 1, []"),

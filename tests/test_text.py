@@ -1,5 +1,5 @@
 """lsbook.text: bad input, odd files and larger checks that do not belong in the notebook."""
-import copy, json, os, pickle, subprocess, sys, unicodedata, warnings
+import copy, inspect, json, os, pickle, subprocess, sys, unicodedata, warnings
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from torch import nn
 from lsbook.text import (Bert, BiLSTM, ClipText, Report, TextCache, Vocabulary, WordVectors, check_texts, clip_config,
         clip_weights, cut_words, glove_width, load_glove, split_words, text_encoder, word_vector)
 from lsbook.files import read_tensors
-from lsbook.text.pretrained import clip_text_state, clip_tokenizer, weights_version
+from lsbook.text.pretrained import clip_text_state, weights_version, word_pieces
 from lsbook.text.words import some
 
 SMALL = dict(embed_dim=16, quick_gelu=True,
@@ -169,7 +169,7 @@ def test_vocabulary():
     v = Vocabulary.from_texts(["b a", "B c"], min_count=1)
     assert v.words == ["b", "a", "c"] and v.ids(["c", "zzz"]) == [4, 1]
     assert Vocabulary.from_texts(["b a", "b c"], min_count=2).words == ["b"]
-    assert Vocabulary.from_texts(["b a a", "d c c"]).words == ["a", "c", "b", "d"]
+    assert Vocabulary.from_texts(["d b a b d"]).words == ["b", "d", "a"]
     with pytest.raises(ValueError, match="words: got a more than once"): Vocabulary(["a", "b", "a"])
     assert cut_words(["a b c"], 2)[1].dropped == [["c"]] and not cut_words(["a b"], 2)[1]
     assert split_words("left-most don't 3rd_one") == ["left", "most", "don", "t", "3rd", "one"]
@@ -202,6 +202,14 @@ def test_glove_of_another_width_is_refused(tmp_path):
     path = glove_file(tmp_path, [f"{w} " + " ".join(["0.1"] * 300) for w in ("red", "circle", "grass")])
     assert load_glove(path, ["red"], dim=300).vectors.shape == (3, 300)
     with pytest.raises(ValueError, match="dim: got 50; wanted 300"): load_glove(path, ["red"], dim=50)
+
+
+def test_glove_rows_that_are_not_in_the_file(tmp_path):
+    path = glove_file(tmp_path, [f"w{i} " + " ".join(str(.01 * (-1) ** (i + j)) for j in range(50)) for i in range(9)])
+    vectors = quiet(load_glove, path, ["w1", "gone", "lost"]).vectors
+    assert not vectors[0].any() and vectors[1].any() and .005 < vectors[3:].std() < .02       # as the others spread
+    path = glove_file(tmp_path, ["x\u2003 1 2 3", "y 4 5 6"])                                  # only the plain space counts
+    assert load_glove(path, ["x\u2003"]).found == ["x\u2003"]
 
 
 def test_glove_may_begin_with_a_byte_order_mark(tmp_path):
@@ -284,7 +292,10 @@ def test_bert_options():
     from transformers import BertConfig
     config = BertConfig(**TINY)
     assert Bert(config, layers=1, vocabulary=PIECES).dim == 32 and config.vocab_size == 30522   # the caller's stays as it was
-    assert Bert(TINY, layers=1, vocabulary=PIECES).max_tokens == 40
+    eight = Bert({**TINY, "num_hidden_layers": 8}, vocabulary=PIECES)
+    assert eight.max_tokens == 40 and len(eight.model.encoder.layer) == 6 and eight.model.pooler is None
+    ids, report = word_pieces(eight.tokenizer, ["circle " * 60 + "zebra"])
+    assert len(ids[0]) == 40 and report.unknown == []       # what was cut is not unknown
     frozen = Bert(TINY, layers=1, vocabulary=PIECES, frozen=True)
     assert not frozen.train().training and not frozen(["red"]).requires_grad
     live = Bert(TINY, layers=1, vocabulary=PIECES)
@@ -392,6 +403,9 @@ def test_clip_names():
     with pytest.raises(ValueError, match="ViT-B-32"): clip_config("ViT-B-23")
     for name in ("xlm-roberta-base-ViT-B-32", "ViT-B-16-SigLIP"):
         with pytest.raises(ValueError, match="causal"): clip_config(name)
+    for odd in (dict(no_causal_mask=True), dict(embed_cls=True), dict(hf_model_name="x"), dict(pool_type="first")):
+        with pytest.raises(ValueError, match="causal"): clip_config({**SMALL, "text_cfg": {**SMALL["text_cfg"], **odd}})
+    assert inspect.signature(ClipText).parameters["name"].default == "ViT-B-32-quickgelu"
     config = clip_config("RN50x16")
     assert config["embed_dim"] == 768 and config["text_cfg"]["context_length"] == 77
     clip_config(SMALL)["text_cfg"]["width"] = 1
