@@ -300,7 +300,7 @@ ROOMS = {
         ('regularization: str = "bottleneck"', 'regularization: str = "depthwise"'),
     ]),
     "training.recipes": Room("training.recipes", ["tests/test_training.py -k "
-            "'groups or schedules or cover or meant or lookup or unusable or processes_change'"], [
+            "groups or schedules or cover or meant or lookup or unusable or processes_change"], [
         ("n > 0, \"a whole number", "n >= 0, \"a whole number"),
         ("self.lr > 0", "self.lr >= 0"),
         ("self.warmup >= 0", "self.warmup > 0"),
@@ -319,8 +319,8 @@ ROOMS = {
         ("index[int(m[1])]", "int(m[1])"),
         ("momentum=.9", "momentum=.8"),
     ]),
-    "training.trainer": Room("training.trainer", ["tests/test_training.py -k 'streams or incomplete or fresh or ctrl_c or "
-            "not_a_number or redirected or groups or history or bf16 or nothing or loaded'"], [
+    "training.trainer": Room("training.trainer", ["tests/test_training.py -k streams or incomplete or fresh or ctrl_c or "
+            "not_a_number or redirected or groups or history or bf16 or nothing or loaded"], [
         ("reverse=True", "reverse=False"),
         ("if start and not resume", "if start and resume"),
         ('["steps", "warmup"] * (old["steps"] != recipe.steps)', '["steps", "warmup"]'),

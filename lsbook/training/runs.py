@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 import torch
 from .. import metrics, scenes, segmenter
+from ..files import write_atomically
 from .loop import Fit, fit
 from .recipes import Recipe
 from .trainer import say
@@ -109,6 +110,5 @@ def experiments(
         found = run(**job)
         seconds = round(time.process_time() - started)
         runs.append(job | found | dict(cpu_seconds=seconds, torch=torch.__version__))
-        path.with_suffix(".part").write_text(json.dumps(runs, indent=1), encoding="utf-8")
-        os.replace(path.with_suffix(".part"), path)   # the file is whole at every moment
+        write_atomically(path, lambda part: part.write_text(json.dumps(runs, indent=1), encoding="utf-8"))
     return runs

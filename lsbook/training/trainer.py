@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import is_in_notebook
 from .. import metrics
+from ..files import write_atomically
 from .recipes import Batches, Recipe, optimizer, rows_a_pass, schedule, seeded
 
 # %% ../../nbs/training/03_trainer.ipynb #2224af5d
@@ -81,8 +82,7 @@ def beginning(
     if resume: say(f"resuming from {start.name}" if start else f"nothing to resume in {out}: starting at 0")
     if not int(os.environ.get("RANK", 0)):
         out.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".part").write_text(json.dumps(now, indent=1))
-        os.replace(file.with_suffix(".part"), file)   # the file is whole at every moment
+        write_atomically(file, lambda part: part.write_text(json.dumps(now, indent=1)))
     return start
 
 # %% ../../nbs/training/03_trainer.ipynb #067b6861
