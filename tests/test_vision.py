@@ -94,6 +94,9 @@ def test_defaults_are_the_papers(vit):
     assert (lseg.blocks, lseg.interpolation, lseg.patch, lseg.grid, lseg.dim) == ((5, 11, 17, 23), "bilinear", 16, (24, 24), 1024)
     small = SmallPyramid()
     assert (small.channels, small.strides) == ((24, 48, 72, 96), (2, 4, 8, 16))
+    block = torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.ReLU
+    for part in (small.stem, *small.stages): assert tuple(map(type, part)) == 2 * block and part[0].bias is None
+    assert sum(p.numel() for p in small.parameters()) == 271_272
     assert small.normalise.mean.unique() == .5 and small.normalise.std.unique() == .25
     assert Normalise().mean.flatten().tolist() == pytest.approx([.485, .456, .406])
     assert Normalise().std.flatten().tolist() == pytest.approx([.229, .224, .225])
