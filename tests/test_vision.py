@@ -97,6 +97,9 @@ def test_defaults_are_the_papers(vit):
     block = torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.ReLU
     for part in (small.stem, *small.stages): assert tuple(map(type, part)) == 2 * block and part[0].bias is None
     assert sum(p.numel() for p in small.parameters()) == 271_272
+    x = torch.rand(1, 3, 16, 16)
+    pooled = torch.nn.functional.max_pool2d(small.eval().stem(small.normalise(x)), 2)
+    assert torch.equal(small(x)[0], small.stages[0](pooled))
     assert small.normalise.mean.unique() == .5 and small.normalise.std.unique() == .25
     assert Normalise().mean.flatten().tolist() == pytest.approx([.485, .456, .406])
     assert Normalise().std.flatten().tolist() == pytest.approx([.229, .224, .225])
