@@ -219,6 +219,8 @@ def test_many_labels_need_more_than_a_byte(toy):
     result = toy.segment(noise(48, 48), names)
     assert result.label_map.dtype == np.int32 and result.mask_of("label 299").sum() == 7
     assert toy.segment(noise(48, 48), names[:255]).label_map.dtype == np.uint8
+    assert toy.segment(noise(48, 48), names[:256]).label_map.dtype == np.int32
+    assert S.ReferringSegmenter.threshold == .5
 
 
 def test_half_precision_weights(toy):
