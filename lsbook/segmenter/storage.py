@@ -42,6 +42,9 @@ METHODS = {     # a finished chapter adds its line here
                    "See-Through-Text Grouping for Referring Image Segmentation", "ICCV 2019",
                    "https://openaccess.thecvf.com/content_ICCV_2019/html/Chen_See-Through-Text_Grouping_for_"
                    "Referring_Image_Segmentation_ICCV_2019_paper.html"),
+    "vglaw": Method("lsbook.vglaw.model:VGLAW", "VG-LAW", "referring",
+                    "Language Adaptive Weight Generation for Multi-task Visual Grounding", "CVPR 2023",
+                    "https://arxiv.org/abs/2306.04652"),
 }
 
 # %% ../../nbs/segmenter/03_storage.ipynb #76f840ef

@@ -1,0 +1,283 @@
+"""VG-LAW: each fast form against the printed one, the shipped weights, bad input, real rows, devices."""
+import json
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from lsbook import load, scenes
+from lsbook.files import load_tensors
+from lsbook.metrics import evaluate
+from lsbook.segmenter import Frame, save_weights
+from lsbook.training import fit
+from lsbook.vglaw.backbone import *
+from lsbook.vglaw.heads import *
+from lsbook.vglaw.language_weights import *
+from lsbook.vglaw.model import *
+from lsbook.vglaw.train import *
+from lsbook.step.train import Expressions
+from test_step import refer_folder
+
+def agree(f, g, *inputs, tolerance=1e-5):
+    "Same values and same gradients of a random projection, relative to the largest value."
+    out = []
+    for fn in (f, g):
+        xs = [x.detach().clone().requires_grad_() for x in inputs]
+        y = fn(*xs)
+        torch.manual_seed(7)
+        (y * torch.randn(y.shape)).sum().backward()
+        out.append([y.detach(), *(x.grad for x in xs)])
+    for a, b in zip(*out):
+        error = (a - b).abs().max() / a.abs().max().clamp(min=1e-12)
+        assert error < tolerance, (f.__name__, float(error))
+
+@pytest.mark.parametrize("N,T,D,r", [(3, 5, 8, 4), (2, 196, 768, 32)])
+def test_factored_equals_materialised(N, T, D, r):
+    torch.manual_seed(0)
+    agree(materialised_qkv, adaptive_qkv, torch.randn(N, T, D), torch.randn(3 * D, D) / D ** .5, torch.randn(3 * D), torch.randn(3 * D, r) / r ** .5,
+          torch.randn(N, r, r) / r ** .5, torch.randn(D, r) / D ** .5)
+
+@pytest.mark.parametrize("N,C,d,h,w", [(2, 4, 6, 3, 5), (1, 256, 768, 14, 14)])
+def test_contracted_equals_literal(N, C, d, h, w):
+    torch.manual_seed(0)
+    def form(f):
+        def run(x, cls, weight, bias):
+            return torch.func.functional_call(Wrap(f, C, d), {"deconv.weight": weight, "deconv.bias": bias}, (x, cls))
+        return run
+    class Wrap(nn.Module):
+        def __init__(self, f, C, d): super().__init__(); self.f, self.deconv = f, nn.ConvTranspose2d(C, d, 2, 2)
+        def forward(self, x, cls): return self.f(x, cls, self.deconv)
+    agree(form(deconv_dot_literal), form(deconv_dot), torch.randn(N, C, h, w), torch.randn(N, d), torch.randn(C, d, 2, 2) / C ** .5, torch.randn(d))
+
+@pytest.mark.parametrize("N,heads,h,w,d", [(2, 3, 4, 5, 8), (1, 2, 14, 14, 64)])
+def test_folded_equals_additive(N, heads, h, w, d):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(N, heads, h, w, d) for _ in range(3))
+    agree(biased_attention, folded_attention, q, k, v, torch.randn(2 * h - 1, d) * .3, torch.randn(2 * w - 1, d) * .3)
+
+def test_bias_is_what_detectron2_adds():
+    "By loops: unscaled query times the vector of the distance q - k, rows plus columns."
+    torch.manual_seed(0)
+    h, w, d = 2, 3, 4
+    q, rh, rw = torch.randn(1, 1, h, w, d), torch.randn(2 * h - 1, d), torch.randn(2 * w - 1, d)
+    rows, columns = relative_scores(q, rh, rw)
+    for y in range(h):
+        for x in range(w):
+            for ky in range(h): assert torch.isclose(rows[0, 0, y, x, ky], q[0, 0, y, x] @ rh[y - ky + h - 1], atol=1e-6)
+            for kx in range(w): assert torch.isclose(columns[0, 0, y, x, kx], q[0, 0, y, x] @ rw[x - kx + w - 1], atol=1e-6)
+
+def test_windows():
+    x = torch.arange(2 * 4 * 6 * 3.).view(2, 4, 6, 3)
+    parts = split_windows(x, 2)
+    assert parts.shape == (12, 2, 2, 3) and torch.equal(parts[1], x[0, :2, 2:4])
+    assert torch.equal(join_windows(parts, (4, 6)), x)
+
+def test_windows_attend_to_themselves_alone():
+    torch.manual_seed(0)
+    attention, x = AdaptiveAttention(8, 2, (2, 2)), torch.randn(1, 4, 4, 8)
+    y = attention(x)
+    x[0, 3, 3] += 1
+    changed = (attention(x) - y).abs().sum(-1)[0] > 1e-6
+    assert changed[2:, 2:].all() and not changed[:2].any() and not changed[:, :2].any()
+
+def tiny(**more): return VGLAWConfig(**small | more)
+
+def test_start_equals_static_vit():
+    "Phi = 0 at the start: whatever the expression, the features are those of the static network."
+    torch.manual_seed(0)
+    model = VGLAW(tiny()).eval()
+    x = model.image_features(torch.rand(2, 3, 64, 64))
+    words, mask = model.encode_text(["the red circle", "the star left of the cross"])
+    with torch.no_grad(): assert (model.features(x, torch.arange(2), words, mask) - model.trunk(x)).abs().max() < 1e-6
+
+def test_start_equals_timm():
+    "With timm's weights, all blocks global and no words: timm's own features."
+    import timm
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=48, depth=3, num_heads=3, class_token=False, global_pool="avg", num_classes=0).eval()
+    ours = AdaptiveViT(PatchEmbed(48), 4, 48, 3, 3, 4., 4, (), 0., False).eval()
+    load_tensors(ours, convert_vit(theirs.state_dict(), ours), unused=("norm.", "fc_norm."))
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        x = theirs.pos_drop(theirs.patch_embed(ours.patch_embed.normalise(images)) + theirs.pos_embed)
+        want = theirs.blocks(x)
+        got = ours(ours.embed(images)).flatten(2).mT
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+def test_detector_checkpoint_warns(tmp_path):
+    ours = AdaptiveViT(PatchEmbed(48), 4, 48, 3, 3, 4., 2, (2,), 0., False)
+    state = {f"backbone.net.{k}": v for k, v in ours.state_dict().items()}
+    state["backbone.net.pos_embed"] = torch.randn(1, 1 + 14 * 14, 48)
+    state["backbone.net.blocks.2.attn.rel_pos_h"] = torch.randn(127, 16)
+    state["roi_heads.x"] = torch.zeros(1)
+    torch.save(state, tmp_path / "vitdet.pth")
+    with pytest.warns(UserWarning, match="COCO"): load_vit(ours, tmp_path / "vitdet.pth")
+    assert ours.blocks[2].attn.rel_pos_h.shape == (7, 16) and ours.blocks[2].attn.rel_pos_h.abs().sum() > 0
+
+def test_aggregation():
+    torch.manual_seed(0)
+    read, words = LanguageAggregation(8, 3, 2), torch.randn(2, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    a, h0 = read.attention(words, mask), read(words, mask)
+    assert a.shape == (2, 3, 2, 5) and torch.allclose(a.sum(-1), torch.ones(2, 3, 2)) and (a[0, ..., 3:] == 0).all()
+    i, g, n = 1, 1, 0
+    e, f = read.embedding[i, 4:], words[n, :3, 4:]
+    assert torch.allclose(h0[n, i, 4:], (f @ e / 2).softmax(0) @ f, atol=1e-6)
+
+def test_every_parameter_gets_a_gradient():
+    torch.manual_seed(0)
+    model = VGLAW(tiny())
+    for g in model.language.generators: nn.init.normal_(g.phi.weight, std=.1)
+    model(**model.collate([Expressions(4)[i] for i in range(2)])).loss.backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not dead, dead
+
+def test_shared_images_change_nothing():
+    torch.manual_seed(0)
+    model = VGLAW(tiny()).eval()
+    for g in model.language.generators: nn.init.normal_(g.phi.weight, std=.1)
+    image, texts = scenes.scene(0).image, ["the red circle", "the star", "the large thing left of the cross"]
+    together = model.segment(image, texts)
+    for text, got in zip(texts, together):
+        alone = model.segment(image, text)
+        assert np.abs(alone.heatmap - got.heatmap).max() < 1e-5 and np.allclose(alone.box, got.box, atol=1e-3)
+
+def test_shares_and_pixels():
+    boxes = [(3., 4., 20., 30.)]
+    frame = Frame((60, 40), (48, 32), (64, 64))       # an image 40 wide and 60 high, seen at 32 x 48
+    shares = to_shares(boxes, frame)
+    want = (11.5 * .8 / 64, 17 * .8 / 64, 17 * .8 / 64, 26 * .8 / 64)
+    assert torch.allclose(shares, torch.tensor([want])) and torch.allclose(to_pixels(shares, frame), torch.tensor(boxes), atol=1e-4)
+    assert torch.equal(to_pixels(torch.tensor([[.5, .5, 2., 2.]]), frame), torch.tensor([[0., 0., 40., 60.]]))
+
+def test_mirror():
+    assert mirror_words("the leftmost cup right of the bright box") == "the rightmost cup left of the bright box"
+    row = checked_row(dict(image=Image.new("RGB", (6, 4)), expression="left", mask=np.eye(4, 6) > 0))
+    twice = mirrored(mirrored(row))
+    assert twice["expression"] == ["left"] and (twice["mask"][0] == row["mask"][0]).all() and twice["box"] == row["box"]
+    assert mirrored(row)["box"] == [(2, 0, 6, 4)]
+
+@pytest.mark.parametrize("wrong,says", [(dict(mask=np.zeros((64, 64))), "without a pixel"), (dict(box=[10, 10, 70, 20]), "wanted one inside 64 x 64"),
+                                        (dict(mask=np.ones((4, 4))), "wanted one size"), (dict(expression=["a", "b"]), "wanted as many")])
+def test_bad_rows(wrong, says):
+    row = dict(image=np.zeros((64, 64, 3), np.uint8), expression="the star", mask=np.ones((64, 64)))
+    with pytest.raises(ValueError, match=f"rows.1.: .*{says}"): VGLAW(tiny()).collate([row, row | wrong])
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_train_and_answer(variant):
+    torch.manual_seed(0)
+    model = VGLAW(tiny(**VARIANTS[variant]))
+    out = model(**model.collate([Expressions(4)[i] for i in range(2)]))
+    out.loss.backward()
+    got = model.eval().segment(scenes.scene(0).image, "the red circle")
+    assert torch.isfinite(out.loss) and got.mask.shape == (64, 64)
+    assert all(p.grad is not None for p in model.parameters())
+
+def test_long_expression_is_said():
+    with pytest.warns(UserWarning, match="cut"): VGLAW(tiny()).encode_text(["the red circle " * 20])
+
+def lively(seed=0, **more):
+    "A small model whose generated weights do something already."
+    torch.manual_seed(seed)
+    model = VGLAW(tiny(**more)).eval()
+    for g in model.language.generators: nn.init.normal_(g.phi.weight, std=.1)
+    return model
+
+def test_half_precision_agrees():
+    model, texts = lively(), ["the red circle", "the star left of the cross"]
+    x, image = model.image_features(torch.rand(1, 3, 64, 64)), torch.zeros(2, dtype=torch.long)
+    with torch.no_grad():
+        logits, boxes = model.ground(x, image, texts)
+        with torch.autocast("cpu", torch.bfloat16): half, half_boxes = model.ground(x, image, texts)
+    assert (logits - half).abs().max() < .05 * logits.abs().max() and (boxes - half_boxes).abs().max() < .02
+
+def test_trunk_and_heads_compile_in_one_graph():
+    model = lively()
+    words, mask = model.encode_text(["the red circle", "the star"])
+    x, image = model.image_features(torch.rand(1, 3, 64, 64)), torch.zeros(2, dtype=torch.long)
+    def run(x, image, words, mask): return model.decode(model.features(x, image, words, mask), words[:, 0])
+    with torch.no_grad(): a, b = run(x, image, words, mask), torch.compile(run, fullgraph=True, backend="eager")(x, image, words, mask)
+    assert all(torch.allclose(u, v, atol=1e-5) for u, v in zip(a, b))
+
+def test_real_rows_train_it(tmp_path):
+    train, valid = RECIPES["paper"].rows(refer_folder(tmp_path))
+    r = RECIPES["paper"].replace(steps=20, batch_size=2, accumulate=1, eval_every=20, warmup=0, lr=2e-3)
+    torch.manual_seed(0)
+    got = fit(VGLAW(tiny(flip=True)), train, valid, r)
+    losses = got.series("loss")[1]
+    assert sum(losses[-5:]) < sum(losses[:5]) and 0 <= got.metrics["mIoU"] <= 1 and "box Prec@0.5" in got.metrics
+
+def test_answers_fit_any_picture():
+    model = lively()
+    for w, h in ((100, 40), (7, 90), (1, 1), (64, 64)):
+        got = model.segment(np.zeros((h, w, 3), np.uint8), "the red circle")
+        x0, y0, x1, y1 = got.box
+        assert got.mask.shape == (h, w) and 0 <= x0 <= x1 <= w and 0 <= y0 <= y1 <= h
+
+def test_saved_model_answers_alike(tmp_path):
+    model = lively()
+    save_weights(model, tmp_path / "vglaw.safetensors")
+    image = scenes.scene(1).image
+    a, b = (m.segment(image, "the star") for m in (model, load(str(tmp_path / "vglaw.safetensors"))))
+    assert np.array_equal(a.heatmap, b.heatmap) and a.box == b.box
+
+def test_paper_size(tmp_path):
+    "The paper's model, with a BERT of random weights in a folder: one step forward and backward, 448 pixels."
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+    BertModel(BertConfig(num_hidden_layers=6, vocab_size=100)).save_pretrained(tmp_path)
+    BertTokenizerFast(vocab={t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *scenes.words()])}).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = VGLAW(VGLAWConfig(bert=str(tmp_path)))
+    added = sum(p.numel() for p in model.language.parameters())
+    assert added == 1_153_728, added
+    mask = np.zeros((300, 448)); mask[20:60, 30:90] = 1
+    batch = model.collate([dict(image=np.zeros((300, 448, 3), np.uint8), expression="the red circle", mask=mask)])
+    out = model(**batch)
+    out.loss.backward()
+    assert out.logits.shape == (1, 448, 448) and out.boxes.shape == (1, 4) and torch.isfinite(out.loss)
+
+def test_first_stage_is_handed_on(tmp_path):
+    recipe = LABELS.replace(steps=2, batch_size=2, eval_every=1)
+    path = pretrain(tmp_path / "labels", recipe)
+    started = VGLAW(tiny(weights=str(path)))
+    state = load_file(path)
+    assert started.config.weights is None and torch.equal(started.trunk.blocks[0].attn.qkv.weight, state["trunk.blocks.0.attn.qkv.weight"].float())
+    assert torch.equal(started.mask.enlarge[0].weight, state["mask.enlarge.0.weight"].float())
+    assert pretrain(tmp_path / "labels", recipe) == path      # finished: not trained again
+
+def test_paths():
+    model, rows = lively(), scenes.rows("referring", 3, split="valid")
+    a, b = score_paths(model, rows), evaluate(model, rows)
+    assert all(abs(a[k] - b[k]) < 1e-6 for k in b)
+    assert set(dissociation(model, rows)) == set(PATHS)
+
+def test_attribute_kinds():
+    assert [attribute_kind(t) for t in ("the red thing", "the star", "the red star")] == ["colour", "shape", "both"]
+
+
+def test_the_shipped_weights_keep_their_promise():
+    "500 test scenes: what the metadata says, and what the chapter promises of masks, boxes and kinds of expression."
+    model, rows = load("vglaw"), scenes.rows("referring", 500, split="test")
+    metadata = json.loads((files("lsbook") / "weights/vglaw.json").read_text(encoding="utf-8"))
+    got = evaluate(model, with_attribute_kinds(rows))
+    for name in ("mIoU", "oIoU", "Prec@0.5", "Prec@0.9", "box Prec@0.5", "mIoU/superlative"):
+        assert got[name] == pytest.approx(metadata["metrics"][name], abs=.02), name
+    assert got["mIoU"] >= .84 and got["box Prec@0.5"] >= .98
+    assert got["mIoU/colour"] >= .8 and got["mIoU/shape"] >= .8 and got["mIoU/superlative"] >= .78
+    assert evaluate(model, rows.map(lambda row: dict(expression=BLANK)))["mIoU"] < .3
+
+def test_weights_and_trunk_stay_small():
+    size = lambda name: (files("lsbook") / "weights" / name).stat().st_size
+    assert size("vglaw.safetensors") + size("vglaw-trunk.safetensors") <= 4 * 2**20
+
+def test_shipped_trunk_starts_the_scenes_recipe():
+    recipe = RECIPES["scenes"]
+    model, state = VGLAW(VGLAWConfig(**recipe.config)), load_file(files("lsbook") / "weights/vglaw-trunk.safetensors")
+    own = model.state_dict()
+    assert len(state) > 50 and all(torch.equal(own[k], v.to(own[k].dtype)) for k, v in state.items())
+    stage = LabelPretraining(model, scenes.label_names())
+    assert set(state) <= set(own) and stage.trunk is model.trunk and stage.enlarge is model.mask.enlarge
