@@ -66,6 +66,8 @@ def segment(
     """Segments a picture by words; writes the picture with the result over it and, beside it, the label map
     or the mask. `ValueError` where that would overwrite the picture itself."""
     from lsbook.images import to_image
+    from lsbook.segmenter import method_class
+    method_class(method)       # the quick checks first: the method, the pictures, and only then the weights
     if Path(out).resolve() == Path(image).resolve():
         raise ValueError(f"--out: got the picture itself, {image}; wanted another file")
     picture, model = to_image(image), trained(method, weights)

@@ -56,8 +56,8 @@ def test_segment_writes_picture_and_label_map(method, capsys):
     (["segment", "tiny", "scene.png", "grass", "--weights", "pickled.ckpt"], "pickled"),
     (["segment", "tiny", "scene.png", "grass", "--weights", "tiny.safetensors", "-o", "no/such/out.png"], "wanted a folder that exists"),
     (["segment", "tiny", "scene.png", "grass", "--weights", "tiny.safetensors", "-o", "out.txt"], "out.txt"),
-    (["segment", "lseg", "scene.png", "grass", "--weights", "tiny.safetensors"], "holds weights of 'tiny'; wanted 'lseg'"),
-    (["evaluate", "tiny", "--weights", "tiny.safetensors", "--objects", "cats"], "objects"),
+    (["segment", "lseg", "scene.png", "grass", "--weights", "tiny.safetensors"], "got weights of 'tiny' in tiny.safetensors; wanted 'lseg'"),
+    (["segment", "tiny", "scene.png", "grass", "--out", "./scene.png"], "the picture itself"),
     (["train", "tiny", "--out", "scene.png"], "scene.png"),
 ])
 def test_errors_are_one_line_and_exit_code_2(method, capsys, args, words):
@@ -130,15 +130,39 @@ def test_evaluate(method, capsys):
     assert "mIoU" in said and "IoU/grass" not in said and "got.json" in said
 
 
+def test_evaluate_on_the_rows_of_a_recipe(method, capsys):
+    assert cli.main(["evaluate", "tiny", "--weights", "tiny.safetensors", "--scale", "scenes", "--n", "4"]) == 0
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_evaluate_names_the_scales_there_are(capsys):
+    assert cli.main(["evaluate", "lseg", "--scale", "nowhere"]) == 2 and "camvid" in capsys.readouterr().err
+
+
+def test_kinds_of_scenes_are_named(capsys):
+    with pytest.raises(SystemExit) as stopped: cli.main(["evaluate", "lseg", "--objects", "cats"])
+    assert stopped.value.code == 2 and "plain" in capsys.readouterr().err
+
+
 def test_bench(method, monkeypatch, capsys):
-    benches = {"tiny/a": lambda: (1., 20.), "tiny/b": lambda: (2, 3), "other/c": lambda: (1, 1)}
-    for name in ("lsbook.studio", "lsbook.studio.speed"): monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules["lsbook.studio.speed"].BENCHES = benches
+    from lsbook.studio import speed
+    monkeypatch.setattr(speed, "BENCHES", {"tiny/a": speed.Bench(lambda: (1., 20.), "the slow way", least=20),
+                                           "tiny/b": speed.Bench(lambda: (2e6, 3e6), "all at once", "bytes", most=1e6),
+                                           "other/c": speed.Bench(lambda: (1, 1), "itself")})
     assert cli.main(["bench", "tiny", "--json", "rows.json"]) == 0
-    assert json.loads(Path("rows.json").read_text()) == [dict(name="tiny/a", ours=1., other=20., ratio=20.),
-                                                         dict(name="tiny/b", ours=2., other=3., ratio=1.5)]
-    assert cli.main(["bench", "nope"]) == 2 and "there are: tiny, other" in capsys.readouterr().err
-    assert cli.main(["bench"]) == 0 and "other/c" in capsys.readouterr().out
+    rows = json.loads(Path("rows.json").read_text())
+    assert [(r["name"], r["ours"], r["other"], r["ratio"], r["kept"]) for r in rows] == [
+        ("tiny/a", 1., 20., 20., True), ("tiny/b", 2e6, 3e6, 1.5, False)]
+    said = capsys.readouterr().out
+    assert "the slow way" in said and "1 s" in said and "2 MB" in said and said.count("FALLS SHORT") == 1
+    assert cli.main(["bench", "nope"]) == 2 and "wanted one of tiny, other" in capsys.readouterr().err
+    assert cli.main(["bench", "tiny", "--check"]) == 1 and cli.main(["bench", "other", "--check"]) == 0
+
+
+def test_help_of_train_lists_what_can_be_trained(capsys):
+    with pytest.raises(SystemExit): cli.main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert "lseg: --scale scenes" in said and "folds=" in said and "--scale scenes | paper" in said
 
 
 def test_doctor(method, monkeypatch, capsys):

@@ -1,26 +1,14 @@
-"""The promises about speed and memory, at the papers' sizes, measured by the command line itself: ratios taken in one run."""
-import json
-import subprocess
-import sys
-
+"""The promises about memory and equal results, at the papers' sizes. Those about time depend on what else the machine does: `lsbook bench --check`."""
 import pytest
 
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bench") / "bench.json"
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "lsbook.cli", "bench", "--json", str(path)], check=True, stdout=subprocess.DEVNULL)
-    return {r["name"]: r for r in json.loads(path.read_text())}
+from lsbook.studio.speed import BENCHES
 
 
-def test_lseg(rows):
-    assert rows["lseg/5-new-labels"]["ratio"] >= 20
-    assert rows["lseg/150-new-labels"]["ratio"] >= 5
-    assert rows["lseg/text-length"]["ratio"] >= 5
-    assert rows["lseg/1000-labels-memory"]["ours"] < 400e6 < rows["lseg/1000-labels-memory"]["other"]
+@pytest.mark.parametrize("name", [name for name, row in BENCHES.items() if row.unit == "bytes"])
+def test_memory(name):
+    ours, other = BENCHES[name].run()
+    assert BENCHES[name].kept(ours, other), f"{name}: ours {ours / 1e6:.0f} MB, other {other / 1e6:.0f} MB"
 
 
-def test_step(rows):
-    assert rows["step/text-attention"]["ratio"] >= 10
-    assert rows["step/folds-time"]["ratio"] >= 1 / 1.25      # K = 5 takes at most 1.25 times what K = 1 takes
-    assert rows["step/folds-memory"]["ratio"] >= 1 / 1.3
+def test_every_row_promises_something():
+    assert all(row.least > 0 or row.most < float("inf") for row in BENCHES.values())
