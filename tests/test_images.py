@@ -163,7 +163,7 @@ BAD = {
     "channels first in an array": (np.zeros((3, 8, 8), np.uint8), ValueError, "transpose"),
     "channels last in a tensor": (torch.zeros(8, 8, 3), ValueError, "permute"),
     "F beyond 1": (Image.fromarray(np.full((8, 8), 7, np.float32)), ValueError, "divide by 255"),
-    "I beyond 16 bits": (Image.fromarray(np.full((8, 8), 70_000, np.int32)), ValueError, "65535"),
+    "I beyond 16 bits": (Image.fromarray(np.full((8, 8), 65_536, np.int32)), ValueError, "65535"),
     "I below 0": (Image.fromarray(np.full((8, 8), -1, np.int32)), ValueError, "-1"),
     "cut, not yet read": (lazily_cut(), ValueError, "cut short"),
     "a missing file": ("no/such/photo.jpg", FileNotFoundError, "no/such/photo.jpg"),
@@ -264,6 +264,12 @@ def test_glass_lies_on_white(alpha):
     image = Image.new("RGBA", (2, 2), (10, 100, 250, alpha))
     for form in (image, np.asarray(image), torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)):
         assert abs(to_array(form)[0, 0] - want).max() <= 1
+
+
+def test_a_palette_with_alpha_lies_on_white():
+    glass = Image.new("RGBA", (2, 1), (200, 0, 0, 0))
+    glass.putpixel((1, 0), (200, 0, 0, 255))
+    assert to_array(glass.convert("PA"))[0, :, 1].tolist() == [255, 0]
 
 
 def test_the_array_may_be_written_to():

@@ -1,5 +1,6 @@
 """The interface of all methods, on two tiny ones: sizes, the way back, batches, Encoded, results, models on disk."""
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -13,10 +14,13 @@ import pytest
 import torch
 from fastcore.basics import AttrDict
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from lsbook import segmenter as S
 from lsbook import show
+from lsbook.files import read_tensors
+from lsbook.segmenter import results as R
 
 
 @dataclass
@@ -113,6 +117,12 @@ def test_pixels_are_antialiased_as_torchvision_does_it(toy):
     assert torch.allclose(ours, theirs, atol=1.5 / 255)      # Pillow rounds to bytes between its two passes
 
 
+def test_defaults():
+    for method in (S.Segmenter.encode_image, S.SemanticSegmenter.segment, S.ReferringSegmenter.segment):
+        assert inspect.signature(method).parameters["batch_size"].default == 16
+    assert S.Segmenter.stride == 1 and S.ReferringSegmenter.threshold == .5
+
+
 def test_preprocess_pads_all_to_the_largest(toy):
     images = [Image.fromarray(noise(48, 48)), Image.fromarray(noise(20, 90))]
     pixel_values, frames = toy.preprocess(images)
@@ -188,6 +198,8 @@ def test_encoded_is_asked_without_the_network(toy):
     assert (mixed[0].label_map == results[0].label_map).all() and (mixed[1].label_map == results[1].label_map).all()
     assert isinstance(toy.segment(encoded[0], LABELS), S.LabelResult)
     assert toy.segment(pickle.loads(pickle.dumps(encoded[0])), LABELS).label_map.shape == (48, 48)
+    one = toy.encode_image([noise(48, 48)] * 4)[1].features             # keeps its own part of the batch alive, not the whole
+    assert one.untyped_storage().nbytes() == one.numel() * one.element_size()
 
 
 @pytest.mark.parametrize("change", ["step", "load", "dtype"])
@@ -220,7 +232,6 @@ def test_many_labels_need_more_than_a_byte(toy):
     assert result.label_map.dtype == np.int32 and result.mask_of("label 299").sum() == 7
     assert toy.segment(noise(48, 48), names[:255]).label_map.dtype == np.uint8
     assert toy.segment(noise(48, 48), names[:256]).label_map.dtype == np.int32
-    assert S.ReferringSegmenter.threshold == .5
 
 
 def test_half_precision_weights(toy):
@@ -262,6 +273,17 @@ def test_referring_from_encoded_empty_masks_and_own_boxes():
     assert Finder(ToyConfig(1, long_side=60), own_box=True).segment(image, "red").box == (0, 0, 1.5, 2)
 
 
+def test_the_heat_is_kept_in_0_to_1_and_expressions_come_in_batches():
+    finder, passes = Finder(ToyConfig(1, long_side=2)), []
+
+    def heatmaps(encoded, texts):
+        passes.append(len(texts))
+        return [torch.tensor([[-1., 3.]])] * len(texts), None
+    finder.heatmaps = heatmaps
+    results = finder.segment(np.zeros((1, 2), np.uint8), ["red"] * 5, batch_size=2)
+    assert passes == [2, 2, 1] and len(results) == 5 and results[4].heatmap.tolist() == [[0, 1]]
+
+
 # --- results -------------------------------------------------------------------------------------------------------
 
 def test_label_result(toy, tmp_path):
@@ -275,6 +297,62 @@ def test_label_result(toy, tmp_path):
     assert (np.asarray(kept) == result.label_map).all() and Image.open(picture).format == "JPEG"
     colours = np.array(show.colours(3))[result.label_map]
     assert (np.asarray(kept.convert("RGB")) == colours).all()            # and to the eye it is not black
+
+
+    assert result.save(tmp_path / "OUT.PNG")[0].exists()
+
+
+def test_reprs_name_six_labels():
+    def said(n): return repr(S.LabelResult(Image.new("RGB", (n, 1)), np.arange(n)[None], [f"l{i}" for i in range(n)]))
+    assert said(6).endswith("'l5' 17%)") and said(7).endswith("'l5' 14%, ...)")
+
+
+def test_printable_is_cut_at_60():
+    assert R.printable("x" * 60) == "x" * 60 and R.printable("x" * 61) == "x" * 59 + "…"
+
+
+def test_small_pictures_are_enlarged_and_large_ones_reduced():
+    def size(w, h, limit=None): return R.sized(Image.new("L", (w, h)), limit).size
+    assert size(100, 50) == (300, 150) and size(255, 1) == (510, 2)      # by a whole factor, to 256 or more
+    assert size(256, 100, 128) == (128, 50) and size(300, 100, 640) == (300, 100) and size(3000, 2, 640) == (640, 1)
+    stripes = Image.fromarray(np.tile(np.uint8([0, 255]), (4, 300)))
+    assert set(np.unique(R.sized(stripes, 300, smooth=False))) <= {0, 255} and 100 < np.asarray(R.sized(stripes, 300))[1, 9] < 155
+    assert np.unique(R.sized(Image.fromarray(np.uint8([[0, 255]])))).tolist() == [0, 255]
+
+
+def test_a_legend_breaks_where_the_picture_ends():
+    def height(*texts): return R.with_legend(Image.new("RGB", (10, 10)), [(None, t) for t in texts]).size
+    assert height("x") == height("x" * 90) == (260, 10 + 5 + 20 + 3)     # the first is never moved down
+    assert height("x" * 24, "x" * 24) == (260, 10 + 5 + 40 + 3) and height() == (260, 10)
+
+
+def test_shares_of_equal_labels_keep_their_order():
+    names = [f"label {i}" for i in range(40)]
+    assert list(R.shares(np.arange(39).reshape(3, 13), names).items()) == [(s, 1 / 39) for s in names[:39]]
+
+
+def test_pictures_drawn_beside_or_below(monkeypatch):
+    def drawn(w, h, limit=None): return R.draw_labels(Image.new("RGB", (w, h)), np.zeros((h, w), int), ["a", "b"], limit)
+    assert drawn(20, 10).size == (2 * 260 + 4, 130 + 28) and drawn(21, 10).size == (273, 2 * 130 + 4 + 28)
+    assert drawn(600, 600, 640).size == (640, 318 + 28)
+    stripes, palette = np.tile([0, 1], (600, 300)), show.colours(25)
+    both = np.asarray(R.draw_labels(Image.new("RGB", (600, 600)), stripes, ["a", "b"], 640))[:318, 322:]
+    assert set(map(tuple, both.reshape(-1, 3).tolist())) <= set(map(tuple, palette[:2]))   # no mixed colours
+    monkeypatch.setattr("lsbook.segmenter.results.with_legend", lambda picture, rows: rows)
+    assert R.draw_labels(Image.new("RGB", (3, 1)), np.array([[1, 1, 0]]), ["a", "b", "c"]) == [(palette[1], "b 67%"), (palette[0], "a 33%")]
+    label_map = np.repeat(np.arange(30), np.arange(1, 31))[None]         # the last is the largest
+    for n, more in ((24, []), (30, [(palette[24], "6 more")])):
+        here = label_map[label_map < n][None]
+        rows = R.draw_labels(Image.new("RGB", here.shape[::-1]), here, [f"l{i}" for i in range(n)])
+        assert [text.split()[0] for _, text in rows[:24]] == [f"l{i}" for i in range(n)][:-25:-1] and rows[24:] == more
+        assert [c for c, _ in rows[:24]] == (palette[:24] if n > 24 else palette[23::-1])
+
+
+def test_the_box_is_enlarged_with_the_picture_when_drawn(monkeypatch):
+    seen = []
+    monkeypatch.setattr(show, "boxes", lambda image, box: seen.append(list(box)) or image)
+    R.draw_mask(Image.new("RGB", (10, 5)), np.zeros((5, 10), bool), (1, 2, 3, 4), "x")
+    assert seen == [[26, 52, 78, 104]]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 255])
@@ -357,8 +435,8 @@ def same(a, b):
 
 
 def test_save_weights_and_load(toy, tmp_path):
-    path = S.save_weights(toy, tmp_path / "deep" / "toy.safetensors", seed=np.int64(3), command="lsbook train",
-                          data=tmp_path, metrics={"mIoU": np.float32(.5), "empty": float("nan")})
+    path = S.save_weights(toy, tmp_path / "deep" / "er" / "toy.safetensors", seed=np.int64(3), command="lsbook train",
+                          data=tmp_path, metrics={"mIoU": np.float32(.5), "empty": float("nan"), "far": float("inf")})
     state = torch.get_rng_state()
     for name in (path, str(path), path.parent):
         loaded = S.load(name)
@@ -366,7 +444,7 @@ def test_save_weights_and_load(toy, tmp_path):
         assert loaded.config.sizes == (1, 2) and loaded.config.rate == 2.5
     assert torch.equal(state, torch.get_rng_state())                     # loading draws nothing from the caller's seed
     kept = json.loads(path.with_suffix(".json").read_text())
-    assert kept["method"] == "toy" and kept["metrics"] == {"mIoU": .5, "empty": None} and kept["versions"]["lsbook"]
+    assert kept["method"] == "toy" and kept["metrics"] == {"mIoU": .5, "empty": None, "far": None} and kept["versions"]["lsbook"]
     assert kept["seed"] == 3 and kept["data"] == str(tmp_path) and kept["command"] == "lsbook train"
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
     assert (loaded.segment(noise(48, 48), LABELS).label_map == toy.segment(noise(48, 48), LABELS).label_map).all()
@@ -381,6 +459,23 @@ def test_half_storage_comes_back_in_the_models_type(toy, tmp_path):
     assert loaded.conv.weight.dtype == torch.float32 and loaded.count.dtype == torch.int64
     assert torch.allclose(loaded.conv.weight, toy.conv.weight, rtol=1e-3) and loaded.conv.bias[0] == 1e6
     assert half.stat().st_size < full.stat().st_size
+
+
+def test_what_load_takes_and_what_is_stored(toy, tmp_path):
+    toy.register_buffer("fine", torch.tensor(1 / 3, dtype=torch.float64))
+    kept = read_tensors(S.save_weights(toy, tmp_path / "a.safetensors", half=True))
+    assert kept["fine"] == 1 / 3 and kept["conv.weight"].dtype == torch.float16 and len({"conv.weight", "again.weight"} & set(kept)) == 1
+    del toy.fine
+    path = S.save_weights(toy, tmp_path / "toy.safetensors")
+    assert read_tensors(path)["conv.weight"].dtype == torch.float32
+    (tmp_path / "a.json").unlink()
+    assert same(S.load(tmp_path), toy)                                   # of two files, the one with metadata
+    save_file(read_tensors(path), path)                                  # as another program writes it: no method in its header
+    assert same(S.load(path), toy)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match="got a folder with a.safetensors, toy.safetensors; wanted one file"): S.load(tmp_path)
+    assert S.config_from(Toy, {"width": 8, "rate": 1, "note": None}) == ToyConfig(8, rate=1)
+    with pytest.raises(FileNotFoundError, match="no folder or file here; wanted one of"): S.load("a/b/c")
 
 
 def test_pretrained_round_trip(toy, tmp_path):
@@ -445,12 +540,12 @@ def test_load_from_the_hub(toy, tmp_path, monkeypatch):
     asked = []
 
     def download(repo_id, filename, **kw):
-        asked.append((repo_id, filename, kw.get("revision")))
+        asked.append((repo_id, filename, kw.get("revision"), kw.get("token")))
         return str(tmp_path / filename)
     for home in (huggingface_hub, huggingface_hub.hub_mixin):
         monkeypatch.setattr(home, "hf_hub_download", download)
-    assert same(S.load("me/toy", revision="v1"), toy) and same(Toy.from_pretrained("me/toy"), toy)
-    assert asked[:2] == [("me/toy", "model.safetensors", "v1"), ("me/toy", "config.json", "v1")]
+    assert same(S.load("me/toy", revision="v1", token="t"), toy) and same(Toy.from_pretrained("me/toy"), toy)
+    assert asked[:2] == [("me/toy", "model.safetensors", "v1", "t"), ("me/toy", "config.json", "v1", "t")]
 
 
 def test_copies_keep_working(toy):
