@@ -18,10 +18,11 @@ from ..training import experiments, fit
 # %% ../../nbs/lseg/05_zero_shot.ipynb #e7a2113e
 VARIANTS = {  # what each run changes in the scenes recipe, besides leaving out the training of "other"
     "2 bottleneck blocks": {}, "no block": dict(depth=0), "1 bottleneck block": dict(depth=1),
-    "4 bottleneck blocks": dict(depth=4),
-    "2 blocks, random start": {}, "unrelated label vectors": {}}
+    "4 bottleneck blocks": dict(depth=4), "2 blocks, random start": {}, "unrelated label vectors": {}}
 
-def glued(names): return [n.replace(" ", "") for n in names]   # "red star" -> "redstar": one word, one vector of its own
+def glued(names):
+    '"red star" -> "redstar": one word, with a vector of its own'
+    return [n.replace(" ", "") for n in names]
 
 # %% ../../nbs/lseg/05_zero_shot.ipynb #ee14ba68
 def other_iou(
@@ -34,7 +35,8 @@ def other_iou(
     for s in shown:
         encoded, names = model.encode_image(s.image), scenes.label_names()
         for name in sorted({scenes.label_of(t) for t in s.things}):
-            found, truth = model.segment(encoded, [name, word]).mask_of(name), s.label_map == names.index(name)
+            found = model.segment(encoded, [name, word]).mask_of(name)
+            truth = s.label_map == names.index(name)
             if truth.any(): ious.append((found & truth).sum() / (found | truth).sum())
     return float(np.mean(ious))
 
@@ -59,22 +61,29 @@ def claims(
     seeds=(0, 1, 2),
     variants=tuple(VARIANTS),
 ) -> list:               # the runs, each a dict that says what was measured and how it was made
-    "Train each variant with each seed on scenes and measure the paper's claims on 200 test scenes. Stop and resume at will."
+    """Train each variant with each seed on scenes and measure the paper's claims on 200 test scenes.
+
+    Stop and resume at will."""
     train = only(scenes.rows("semantic", 8000, pairs="seen"), SEEN)
-    test, shown = scenes.rows("semantic", 200, split="test"), [scenes.scene(i, split="test") for i in range(100)]
+    test = scenes.rows("semantic", 200, split="test")
+    shown = [scenes.scene(i, split="test") for i in range(100)]
     def run(variant, seed, steps):
         base = RECIPES["scenes"]
-        labels, asked = (glued(SEEN), glued(scenes.label_names())) if "unrelated" in variant else (SEEN, scenes.label_names())
+        labels, asked = SEEN, scenes.label_names()
+        if "unrelated" in variant: labels, asked = glued(labels), glued(asked)
+        config = dict(other=0., labels=labels, words=base.config["words"] + asked)
         recipe = base.replace(steps=steps, warmup=steps // 10, seed=seed, eval_every=steps,
-            config=base.config | VARIANTS[variant] | dict(other=0., labels=labels, words=base.config["words"] + asked))
+                              config=base.config | VARIANTS[variant] | config)
         torch.manual_seed(seed)
         model = LSeg(LSegConfig(**recipe.config))
         if "random start" in variant: model.regularization.conv.reset_parameters()
         fit(model, with_names(train, labels), None, recipe)
-        found = {k: v for k, v in evaluate(model, with_names(test, asked)).items() if k in ("mIoU", "mIoU/seen", "mIoU/unseen")}
+        scores = evaluate(model, with_names(test, asked))
+        found = {k: scores[k] for k in ("mIoU", "mIoU/seen", "mIoU/unseen") if k in scores}
         found |= dict(changes=VARIANTS[variant], precision=recipe.precision, device=str(model.device))
         if variant == "2 bottleneck blocks":
-            found["other"] = {w: other_iou(model, shown, w) for w in ("other", "others", "background", "thing", "zebra", "star", "small")}
+            rest = ("other", "others", "background", "thing", "zebra", "star", "small")
+            found["other"] = {w: other_iou(model, shown, w) for w in rest}
             found["parents"] = {"colours": parent_iou(model, shown, 0), "shapes": parent_iou(model, shown, 1)}
         return found
     return experiments(path, [dict(variant=v, seed=s, steps=steps) for s in seeds for v in variants], run)

@@ -16,22 +16,23 @@ from torch import Tensor, nn
 from ..losses import mask_loss, pixel_cross_entropy
 from ..segmenter import ReferringSegmenter, check_expressions
 from ..images import to_images
-from .coembedding import OUTER, CoEmbedding, Concatenation, Level, attend_words, pixel_weights, reread
+from .coembedding import OUTER, CoEmbedding, Concatenation, Level
+from .coembedding import attend_words, pixel_weights, reread
 from .convgru import ConvGRU, level_of
 from ..text import BiLSTM, Vocabulary, WordVectors, load_glove
 from ..vision import ResNetPyramid, SmallPyramid
 
 # %% ../../nbs/step/03_model.ipynb #b93ec82e
-CHOICES = dict(join=("concat", "sum"), fusion=("coembed", "concat"), order=("shallow", "deep"), p0=("uniform", "centre"),
-               outer=OUTER, supervise=("last", "every"))
+CHOICES = dict(join=("concat", "sum"), fusion=("coembed", "concat"), order=("shallow", "deep"),
+               p0=("uniform", "centre"), outer=OUTER, supervise=("last", "every"))
 
 @dataclass
 class STEPConfig:
-    """What a STEP is made of. The defaults: the paper's 5-fold model, read plainly where the notes leave a choice.
+    """What a STEP is made of. The defaults: the paper's 5-fold model, read plainly where a choice is left.
 
     `ValueError` names a field whose value is none of its `CHOICES`, and `folds` below 1."""
     words: list = field(default_factory=list) # the vocabulary
-    glove: str = None            # a GloVe file to start the word vectors from, read once when the model is made
+    glove: str = None            # a GloVe file the word vectors start from, read when the model is made
     vector: int = 300            # channels of a word vector, where there is no GloVe file
     cell: int = 1000             # of each direction of the LSTM
     join: str = "concat"         # of the two directions: "concat" or "sum"
@@ -51,7 +52,7 @@ class STEPConfig:
     order: str = "shallow"       # from the first map up, or "deep": from the last down
     grid: int = 8                # stride in pixels of the map on which heatmaps meet
     maps: int = 32               # of the ConvGRU
-    top_down: bool = True        # False: no ConvGRU, one convolution over the heatmaps of the levels, the ablation
+    top_down: bool = True        # False: one convolution over the heatmaps, no ConvGRU, the ablation
     reattend: bool = True        # False: s_t is read under P_0 at every step, the ablation
     p0: str = "uniform"          # P_0: "uniform", or "centre": a bump in the middle
     outer: str = "P"             # softmax over "P" or "logits", or "sum": P / sum of P
@@ -64,8 +65,8 @@ class STEPConfig:
     def __post_init__(self):
         for name, there in CHOICES.items():
             if getattr(self, name) not in there:
-                raise ValueError(f"{name}: one of {', '.join(there)} is wanted, got {getattr(self, name)!r}")
-        if self.folds < 1: raise ValueError(f"folds: at least 1 is wanted, got {self.folds}")
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; wanted one of {', '.join(there)}")
+        if self.folds < 1: raise ValueError(f"folds: got {self.folds}; wanted 1 or more")
 
 # %% ../../nbs/step/03_model.ipynb #77a9deba
 def resize(x, size):
@@ -74,7 +75,8 @@ def resize(x, size):
 
 # %% ../../nbs/step/03_model.ipynb #ca98f4c7
 class TopDown(nn.Module):
-    "Maps that know what lies around: from the deepest up, each is enlarged and added to a 1x1 convolution of the next."
+    """Maps that know what lies around: from the deepest up, each is enlarged and added to a 1x1 convolution
+    of the next."""
     def __init__(self,
         channels: tuple,   # of the maps, finest first
         width: int,        # of all maps that come out
@@ -95,8 +97,8 @@ class TopDown(nn.Module):
 
 # %% ../../nbs/step/03_model.ipynb #31cabd7e
 class LabelHead(nn.Module):
-    """Dense supervision, in place of a backbone trained on label maps before: every cell of the finest map names
-    its label, by cosine with the labels' word vectors."""
+    """Dense supervision, in place of a backbone trained on label maps before: every cell of the finest map
+    names its label, by cosine with the labels' word vectors."""
     def __init__(self,
         channels: int,   # of the map
         labels: list,    # names, in the order of their numbers
@@ -125,17 +127,19 @@ class StepState(NamedTuple):
 class STEP(ReferringSegmenter):
     """See-through-text grouping (Chen et al., ICCV 2019).
 
-    `encode_image(image).features` holds, per level, v (C, h, w) and phi (embed, h, w): all that does not depend on the
-    words, computed once for all folds and expressions. `ValueError` for a config without `words`."""
+    `encode_image(image).features` holds, per level, v (C, h, w) and phi (embed, h, w): all that does not
+    depend on the words, computed once for all folds and expressions. `ValueError` for a config without
+    `words`."""
     method = "step"
 
     def __init__(self, config: STEPConfig):
         super().__init__()
         c = config
-        if not c.words: raise ValueError("words: a vocabulary is wanted; lsbook.step.train.words_of makes one of rows")
+        if not c.words: raise ValueError("words: got none; wanted a vocabulary, as words_of makes one")
         vocabulary = Vocabulary(c.words)
         glove = load_glove(c.glove, vocabulary) if c.glove else None
-        self.text = BiLSTM(vocabulary, c.cell * (2 if c.join == "concat" else 1), glove, c.max_words, c.join, c.vector)
+        width = c.cell * (2 if c.join == "concat" else 1)
+        self.text = BiLSTM(vocabulary, width, glove, c.max_words, c.join, c.vector)
         if c.backbone == "small": self.backbone = SmallPyramid(c.width)
         else: self.backbone = ResNetPyramid(c.backbone, c.weights, frozen_norm=c.frozen)
         self.backbone.requires_grad_(not c.frozen)
@@ -200,13 +204,13 @@ def steps(self: STEP,
     mask: Tensor = None,   # (B, E, L) bool, True = word
     folds: int = None,     # K; by default the config's, and 1 without the ConvGRU
 ) -> list:                 # T = K * levels `StepState`s
-    """The whole of STEP behind the features: read the words under the last map, look, let the ConvGRU decide, repeat.
+    """STEP behind the features: read the words under the last map, look, let the ConvGRU decide, repeat.
 
-    The attention of every pixel over the words depends on the level alone and is made once for all folds. `ValueError`
-    for fewer than one fold."""
+    The attention of every pixel over the words depends on the level alone and is made once for all folds.
+    `ValueError` for fewer than one fold."""
     c, (b, e) = self.config, words.shape[:2]
     K = 1 if not c.top_down else c.folds if folds is None else folds
-    if K < 1: raise ValueError(f"folds: at least 1 is wanted, got {K}")
+    if K < 1: raise ValueError(f"folds: got {K}; wanted 1 or more")
     size = [round(n * self.backbone.strides[0] / c.grid) for n in levels[0][0].shape[-2:]]
     keys = self.word(words)
     attention = [attend_words(v, keys, level.pixel, mask) for level, (v, _) in zip(self.levels, levels)]
@@ -232,7 +236,7 @@ def steps(self: STEP,
 # %% ../../nbs/step/03_model.ipynb #0a00a88c
 def by_image(
     texts: list,   # for each of B images a list of expressions, not all of one length
-) -> tuple:        # the same lists, filled up with repetitions to one length E, and (B, E) bool: False = repetition
+) -> tuple:        # the same lists, filled up to one length E, and (B, E) bool: False = filled up
     "A rectangle of expressions: what is filled up is computed, and left out of the loss and of the answer."
     e = max(map(len, texts))
     present = torch.tensor([[i < len(t) for i in range(e)] for t in texts])
@@ -257,8 +261,8 @@ def forward(self: STEP,
     texts: list,             # for each image a list of expressions
     masks: Tensor = None,    # (B, E, H, W) in [0, 1]; beyond an image's own expressions anything
     label_map: Tensor = None, # (B, H, W), where the config has `dense`
-) -> AttrDict:               # loss, where there are masks, and logits (B, E, H, W) of P_T at the size of the images
-    """The training step. The paper's loss is the cross-entropy of P_T, enlarged to the image, averaged over its pixels.
+) -> AttrDict:               # loss, where there are masks, and logits (B, E, H, W) of P_T
+    """The training step. The paper's loss: mean cross-entropy of P_T, enlarged to the image, over its pixels.
 
     The logits are enlarged, not P. `supervise`, `dice` and `raw` of the config change the loss."""
     c = self.config
@@ -267,13 +271,14 @@ def forward(self: STEP,
     steps = self.steps(self.level_features(maps), *self.encode_expressions(texts))
     logits = resize(steps[-1].logits.float(), images.shape[-2:])
     if masks is None: return AttrDict(loss=None, logits=logits)
-    b, e = (i.to(images.device) for i in present.nonzero(as_tuple=True))   # places that count, found without a GPU
+    b, e = (i.to(images.device) for i in present.nonzero(as_tuple=True))   # places that count
     masks, judged = masks[b, e], [logits]
     if c.supervise == "every": judged += [resize(s.logits.float(), images.shape[-2:]) for s in steps[:-1]]
     total = sum(mask_loss(x[b, e], masks, dice=c.dice) for x in judged) / len(judged)
     if c.raw:
         raw = [self.fuse.logits(s.score)[b, e] for s in steps[:len(self.levels)]]
-        total = total + c.raw * sum(mask_loss(x, F.adaptive_avg_pool2d(masks, x.shape[-2:]), dice=0) for x in raw) / len(raw)
+        terms = [mask_loss(x, F.adaptive_avg_pool2d(masks, x.shape[-2:]), dice=0) for x in raw]
+        total = total + c.raw * sum(terms) / len(terms)
     if label_map is not None: total = total + self.label(maps[0], label_map)
     return AttrDict(loss=total, logits=logits)
 
@@ -285,33 +290,35 @@ def resize_nearest(a, size):
 # %% ../../nbs/step/03_model.ipynb #0d43a477
 @patch
 def collate(self: STEP,
-    rows: list,   # referring rows; `expression` and `mask` may both be lists: several of one image; perhaps `label_map`
-) -> dict:        # images (B, 3, H, W) in [0, 1], texts (B lists), masks (B, E, H, W), perhaps label_map (B, H, W)
+    rows: list,   # referring rows; `expression` and `mask` may both be lists, and there may be a `label_map`
+) -> dict:        # images (B, 3, H, W) in [0, 1], texts, masks (B, E, H, W), perhaps label_map (B, H, W)
     """Referring rows as a batch; with `dense` a row without a label map gets one that does not count.
 
-    `ValueError` where a mask or a label map differs from its image in size, the lists differ in length, or are empty."""
+    `ValueError` where a map has not its image's size, or lists are empty or differ in length."""
     pictures, _ = to_images([row["image"] for row in rows])
+    def same_size(i, name, a, image):
+        got = f"a {name} of {np.shape(a)[::-1]} and an image of {image.size}"
+        if np.shape(a) != image.size[::-1]: raise ValueError(f"rows[{i}]: got {got}; wanted one size")
     images, frames = self.preprocess(pictures)
     sizes = [f.size for f in frames]
     one = [isinstance(row["expression"], str) for row in rows]
     texts = [[row["expression"]] if o else list(row["expression"]) for row, o in zip(rows, one)]
     masks = torch.zeros(len(rows), max(map(len, texts)), *images.shape[-2:])
     for i, (row, size) in enumerate(zip(rows, sizes)):
-        if not texts[i]: raise ValueError(f"rows[{i}]: no expression; wanted at least one")
+        if not texts[i]: raise ValueError(f"rows[{i}]: got no expression; wanted 1 or more")
         found = [np.asarray(m) > 0 for m in ([row["mask"]] if one[i] else row["mask"])]
         if len(found) != len(texts[i]):
-            raise ValueError(f"rows[{i}]: {len(texts[i])} expressions and {len(found)} masks; wanted as many")
+            got = f"{len(texts[i])} expressions and {len(found)} masks"
+            raise ValueError(f"rows[{i}]: got {got}; wanted as many")
         for m, to in zip(found, masks[i]):
-            if m.shape != pictures[i].size[::-1]:
-                raise ValueError(f"rows[{i}]: a mask {m.shape[::-1]}, an image {pictures[i].size}; wanted one size")
+            same_size(i, "mask", m, pictures[i])
             to[:size[0], :size[1]] = resize_nearest(m, size)
     batch = dict(images=images, texts=texts, masks=masks)
     if not self.config.dense: return batch
     batch["label_map"] = torch.full((len(rows), *images.shape[-2:]), 255)
     for i, (row, (h, w)) in enumerate(zip(rows, sizes)):
         if "label_map" not in row: continue
-        if np.shape(row["label_map"]) != pictures[i].size[::-1]:
-            raise ValueError(f"rows[{i}]: a label map {np.shape(row['label_map'])[::-1]}, an image {pictures[i].size}; wanted one size")
+        same_size(i, "label map", row["label_map"], pictures[i])
         batch["label_map"][i, :h, :w] = resize_nearest(row["label_map"], (h, w))
     return batch
 
@@ -345,7 +352,7 @@ class Trace:
     Q: np.ndarray         # (T, H, W) bottom-up heatmaps at the image's size, in [0, 1]
     P: np.ndarray         # (T, H, W) refined maps, in [0, 1]
     words: list           # L words that were read
-    weights: np.ndarray   # (T, L) weight of each word in s_t; a row sums to 1, to less where padding has a share
+    weights: np.ndarray   # (T, L) weight of each word in s_t; rows sum to 1, to less if padding has a share
     levels: list          # the level of each step, from 1
 
 # %% ../../nbs/step/03_model.ipynb #e10dcd79
@@ -356,9 +363,10 @@ def trace(self: STEP,
     expression: str,
     folds: int = None,   # K; by default the config's
 ) -> Trace:
-    "All steps of one answer, for looking at. Refuses what `segment` refuses, and more than one image or expression."
+    "All steps of one answer, to look at. Refuses what `segment` refuses, and a list of either."
     encoded, texts = self.encode_image(image), check_expressions(expression)[0]
-    if isinstance(encoded, list) or len(texts) != 1: raise ValueError("image, expression: one of each is wanted, got a list")
+    if isinstance(encoded, list) or len(texts) != 1:
+        raise ValueError("image, expression: got a list; wanted one of each")
     steps = self.run([encoded], texts, folds)[0]
     whole = lambda maps: torch.stack([self.to_image_size(m, encoded) for m in maps]).float()
     words = self.text.tokens(texts)[0]

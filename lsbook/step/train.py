@@ -19,10 +19,10 @@ from ..training import Recipe
 
 # %% ../../nbs/step/04_train.ipynb #0a92c5c8
 class Expressions:
-    """Scenes with several expressions each, drawn when asked for: rows whose `expression` and `mask` are lists.
+    """Rows of scenes with several expressions each, drawn when asked for: `expression` and `mask` are lists.
 
-    Row i shows scene i; which of its expressions come is drawn anew each time (by Python's `random`, seeded by `fit`):
-    first the kind, then the expression, so that every kind comes equally often where the scene has it."""
+    Row i shows scene i; which of its expressions come is drawn anew each time (by Python's `random`, seeded
+    by `fit`): first the kind, then the expression, so that kinds come equally often where there are any."""
     def __init__(self,
         n: int,              # scenes
         each: int = 4,       # expressions a scene
@@ -66,17 +66,18 @@ def refer_rows(
 ) -> tuple:                   # (training rows, validation rows)
     """Real rows in the official layout.
 
-    ReferIt is trained on train and validation, as RRN and CMPC do, so what is validated on has been seen there."""
+    ReferIt is trained on train and validation, as in RRN and CMPC: what is validated on was seen there."""
     from datasets import concatenate_datasets
     read = lambda split: refer(root, name, split_by, split)
     return concatenate_datasets([read(split) for split in train]), read("val")
 
 # %% ../../nbs/step/04_train.ipynb #e9dbc587
-small = dict(words=scenes.words(), vector=64, cell=64, backbone="small", width=24, context=48, norm=True, atrous=64,
-    attention=64, embed=128, folds=1, order="deep", grid=2, maps=16, outer="logits", supervise="every", dice=.5, raw=1.,
-    dense=scenes.label_names(), long_side=64)
-paper = dict(steps=700_000, batch_size=1, lr=2.5e-4, optimizer="adam", weight_decay=5e-4, schedule="polynomial",
-    no_decay=("text.",), eval_every=20_000, config=dict(words=[], weights="COCO_WITH_VOC_LABELS_V1", frozen=True),
+small = dict(words=scenes.words(), vector=64, cell=64, backbone="small", width=24, context=48, norm=True,
+    atrous=64, attention=64, embed=128, folds=1, order="deep", grid=2, maps=16, outer="logits",
+    supervise="every", dice=.5, raw=1., dense=scenes.label_names(), long_side=64)
+paper = dict(steps=700_000, batch_size=1, lr=2.5e-4, optimizer="adam", weight_decay=5e-4,
+    schedule="polynomial", no_decay=("text.",), eval_every=20_000,
+    config=dict(words=[], weights="COCO_WITH_VOC_LABELS_V1", frozen=True),
     notes="700,000 steps of Adam, 2.5e-4, polynomial 0.9, 320 pixels, 20 words: as printed. Weight decay "
           "5e-4 as in RRN's and CMPC's code, and as there not on the text; 0.005 is printed. Batch 1 and a "
           "frozen trunk: their code too, the notes do not say. The trunk is torchvision's DeepLabV3, the "
@@ -103,7 +104,7 @@ RECIPES = {
 def shortened(
     steps: int,    # at the full 2,400 the recipe comes as it stands
 ) -> Recipe:
-    "The scenes recipe for a shorter training: a tenth of it warm-up, a faster ConvGRU and head, evaluated at the end."
+    "The scenes recipe, shorter: a tenth of it warm-up, ConvGRU and head faster, evaluated at the end."
     full = RECIPES["scenes"]
     if steps == full.steps: return full
     return full.replace(steps=steps, warmup=steps // 10, lr_scale={"gru": 4., "head": 30.}, eval_every=steps)
@@ -123,16 +124,20 @@ def claims(
     seeds=(0, 1, 2),
     variants=tuple(VARIANTS),
 ) -> list:               # the runs, each a dict that says what was measured and how it was made
-    "Train each variant with each seed on scenes, score it on 300 expressions of validation scenes. Stop and resume at will."
+    """Train each variant with each seed on scenes, score it on 300 expressions of validation scenes.
+
+    Stop and resume at will."""
     from lsbook.training import experiments, fit
     rows = scenes.rows("referring", 300, split="valid")
     def run(variant, seed, steps):
         blank, recipe = variant == "no words", shortened(steps)
         config = recipe.config | VARIANTS[variant]
-        scale = {part: x for part, x in recipe.lr_scale.items() if part != "gru" or config.get("top_down", True)}
+        scale = dict(recipe.lr_scale)
+        if not config.get("top_down", True): del scale["gru"]
         torch.manual_seed(seed)
         model = STEP(STEPConfig(**config))
-        fit(model, Expressions(100_000, blank=blank, split="train"), None, recipe.replace(seed=seed, config=config, lr_scale=scale))
+        fit(model, Expressions(100_000, blank=blank, split="train"), None,
+            recipe.replace(seed=seed, config=config, lr_scale=scale))
         found = evaluate(model, rows.map(lambda row: dict(expression="the thing")) if blank else rows)
         return {k: v for k, v in found.items() if k.split("/")[0] in ("mIoU", "oIoU", "Prec@0.5")} | dict(
             changes=VARIANTS[variant], precision=recipe.precision, device=str(model.device))
