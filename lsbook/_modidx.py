@@ -170,6 +170,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                           'lsbook/lseg/spatial_regularization.py')},
             'lsbook.lseg.train': { 'lsbook.lseg.train.ade20k_rows': ('lseg/train.html#ade20k_rows', 'lsbook/lseg/train.py'),
                                    'lsbook.lseg.train.camvid_rows': ('lseg/train.html#camvid_rows', 'lsbook/lseg/train.py'),
+                                   'lsbook.lseg.train.fold_recipe': ('lseg/train.html#fold_recipe', 'lsbook/lseg/train.py'),
                                    'lsbook.lseg.train.fold_rows': ('lseg/train.html#fold_rows', 'lsbook/lseg/train.py'),
                                    'lsbook.lseg.train.fss_rows': ('lseg/train.html#fss_rows', 'lsbook/lseg/train.py'),
                                    'lsbook.lseg.train.only': ('lseg/train.html#only', 'lsbook/lseg/train.py'),
