@@ -3,6 +3,7 @@
 nbdev's processing needs no Quarto. Where Quarto is installed, the whole site is rendered and looked at too.
 """
 import json
+import posixpath
 import re
 import shutil
 import subprocess
@@ -102,6 +103,40 @@ def test_readme_has_a_row_a_notebook():
         head = "\n".join("".join(c["source"]) for c in cells[:3])
         assert head.startswith(f"# {title}\n") and f"Reading: {minutes} minutes" in head, path
         assert module == "lsbook." + re.sub(r"(^|/)\d+_", r"\1", path.removesuffix(".ipynb")).replace("/", ".")
+
+
+def cells_of(name):
+    return ["".join(c["source"]) for c in json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))["cells"]]
+
+
+def test_breadcrumbs_follow_the_sidebar():
+    """The first line under a title: the section, the place in its room, and the notebooks before and after, by their titles and links."""
+    entries = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    order = [(e["section"], name) for e in entries if "section" in e for name in e["contents"]]
+    title = {name: cells_of(name)[0].splitlines()[0].removeprefix("# ") for _, name in order}
+    wrong = []
+    for i, (section, name) in enumerate(order):
+        crumb, folder = cells_of(name)[1].splitlines()[0], str(PurePosixPath(name).parent)
+        room = [n for s, n in order if s == section and str(PurePosixPath(n).parent) == folder]
+        counted = section not in ("Toolbox", "Studio") and folder != "." and len(room) > 1 or folder == "data"
+        place = re.escape(section) + (rf"[\w ·]*, {room.index(name) + 1} of {len(room)}" if counted else r"[\w ·]*")
+        if not re.match(rf"\*{place} · before: ", crumb) or not crumb.endswith("*"):
+            wrong.append(f"{name}: {crumb!r} does not begin with {place}")
+        for word, j in (("before", i - 1), ("next", i + 1)):
+            if 0 <= j < len(order):
+                link = f"{word}: [{title[order[j][1]]}]({posixpath.relpath(order[j][1], folder)})"
+                wrong += [f"{name}: {crumb!r} lacks {link}"] if link not in crumb else []
+    assert not wrong, "\n".join(wrong)
+
+
+def test_glossary_is_linked_from_the_book():
+    """Every word is linked from a notebook, and every link names a word, to the letter."""
+    words = re.findall(r"^### (\S+)$", "\n".join(cells_of("glossary.ipynb")), re.M)
+    links = [(link, name) for name in NOTEBOOKS if name != "glossary.ipynb" for text in cells_of(name)
+             for link in re.findall(r"\]\([./]*glossary\.ipynb#([^)]*)\)", text)]
+    assert words == sorted(set(words))
+    assert not (lost := [pair for pair in links if pair[0] not in words]), f"{lost} are no headings of the glossary"
+    assert not (bare := set(words) - {link for link, _ in links}), f"no notebook links to {bare} of the glossary"
 
 
 def test_configuration_is_found_from_both_folders(project):
