@@ -88,14 +88,14 @@ def test_help(args, capsys):
 
 def test_train_writes_weights_and_card(method, capsys):
     assert cli.main(["train", "tiny", "--out", "run", "--steps", "2", "--seed", "3"]) == 0
-    card = json.loads(Path("run/tiny.json").read_text())
-    assert card["method"] == "tiny" and card["seed"] == 3 == card["recipe"]["seed"] and card["recipe"]["steps"] == 2
-    assert card["command"] == "lsbook train tiny --out run --steps 2 --seed 3" and {"torch", "device", "processes"} <= set(card["versions"])
+    metadata = json.loads(Path("run/tiny.json").read_text())
+    assert metadata["method"] == "tiny" and metadata["seed"] == 3 == metadata["recipe"]["seed"] and metadata["recipe"]["steps"] == 2
+    assert metadata["command"] == "lsbook train tiny --out run --steps 2 --seed 3" and {"torch", "device", "processes"} <= set(metadata["versions"])
     model = load("run")
     assert isinstance(model, Tiny)
     rows = cli.importlib.import_module("lsbook.scenes").rows("semantic", 500, split="test")           # the scale is "scenes"
-    assert card["measured_on"] == "500 test scenes"
-    assert card["metrics"]["mIoU"] == pytest.approx(cli.importlib.import_module("lsbook.metrics").evaluate(model, rows)["mIoU"], rel=1e-3)
+    assert metadata["measured_on"] == "500 test scenes"
+    assert metadata["metrics"]["mIoU"] == pytest.approx(cli.importlib.import_module("lsbook.metrics").evaluate(model, rows)["mIoU"], rel=1e-3)
     assert cli.main(["train", "tiny", "--out", "run", "--steps", "2", "--seed", "3"]) == 2          # a run is there already
     assert "add --resume" in capsys.readouterr().err
     assert cli.main(["train", "tiny", "--out", "run", "--steps", "4", "--seed", "3", "--resume"]) == 0
