@@ -96,7 +96,8 @@ def check_gpu(
 # %% ../nbs/doctor.ipynb #60eedb11
 def check_device() -> list:  # of Check
     "What lsbook computes on: device, torch with torchvision, cores, memory."
-    try: import torch
+    try:
+        import torch
     except Exception as e:
         advice = "reinstall torch: https://pytorch.org/get-started"
         return [Check("device", False, f"torch does not import: {e}", advice)]
