@@ -398,6 +398,18 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="root: got None; lseg/pascal-5i/1 wants the folder"): train_(recipe("lseg", "pascal-5i/1"), tmp_path / "b")
 
 
+def test_a_stage_that_comes_first(tmp_path, monkeypatch):
+    "It is told where the run is, decides fields of the config, and is no part of the run: recipe and metadata name it as it stands."
+    monkeypatch.setitem(segmenter.METHODS, "tiny", entry())
+    called = []
+    def first(out): return called.append(out) or dict(long_side=48)
+    r = RECIPE.replace(steps=1, scale="few", rows=small_rows, first=first)
+    train_(r, tmp_path)
+    assert called == [tmp_path] and load(tmp_path).config.long_side == 48 != Config().long_side
+    assert json.loads((tmp_path / "recipe.json").read_text()) == r.as_dict() and r.as_dict()["first"].endswith("first")
+    assert recipe("lseg").first is None and recipe_from(r.as_dict() | dict(first="os:system")).first is None
+
+
 @pytest.mark.parametrize("streamed, workers", [(False, 0), (False, 2), (True, 0), (True, 2)])
 def test_a_loaded_model_is_trained_as_a_fresh_one(streamed, workers):
     "Batches are collated in training mode from the first one on, whatever mode the model came in: a loaded one is in evaluation mode"

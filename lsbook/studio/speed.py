@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'in_turns', 'PeakBytes', 'peak_bytes', 'new_labels', 'text_length', 'thousand_labels',
-           'step_text_attention', 'step_folds_time', 'step_folds_memory', 'Bench', 'measure']
+           'step_text_attention', 'step_folds_time', 'step_folds_memory', 'vglaw_mask_head', 'vglaw_block_time',
+           'vglaw_weights_memory', 'Bench', 'measure']
 
 # %% ../../nbs/studio/03_speed.ipynb #f6406a28
 import functools
@@ -148,6 +149,38 @@ def step_folds_memory():
     run = _paper_step()
     with torch.inference_mode(): return tuple(peak_bytes(lambda: run(folds)) for folds in (5, 1))
 
+# %% ../../nbs/studio/03_speed.ipynb #5a0e11b2
+def vglaw_mask_head(batch=4, dim=768, hidden=256, side=28, repeat=3):
+    "Seconds of VG-LAW's mask head: [CLS] contracted with the kernel first, and as it is written."
+    from lsbook.vglaw.heads import MaskHead, deconv_dot_literal
+    torch.manual_seed(0)
+    head, cls = MaskHead(dim, hidden, dim).eval(), torch.randn(batch, dim)
+    x = torch.randn(batch, dim, side, side)
+    ours, other = lambda: head(x, cls), lambda: deconv_dot_literal(head.enlarge(x), cls, head.deconv)
+    with torch.inference_mode():
+        assert torch.allclose(ours(), other(), atol=1e-4)           # the same numbers before any are timed
+        return in_turns(ours, other, repeat)
+
+# %% ../../nbs/studio/03_speed.ipynb #5a0e11b4
+def vglaw_block_time(batch=16, dim=768, heads=12, side=28, window=14, rank=32, repeat=2):
+    "Seconds of a block of VG-LAW's backbone: with generated weights in factors (ours), and static (other)."
+    from lsbook.vglaw.backbone import Block
+    torch.manual_seed(0)
+    block, x = Block(dim, heads, 4., (window, window)).eval(), torch.randn(batch, side, side, dim)
+    P, Phi, Q = torch.randn(3 * dim, rank), torch.randn(batch, rank, rank) / 6, torch.randn(dim, rank) / dim
+    with torch.inference_mode(): return in_turns(lambda: block(x, (P, Phi, Q)), lambda: block(x), repeat)
+
+def vglaw_weights_memory(batch=16, dim=768, tokens=784, rank=32):
+    "Bytes that generated weights add to the qkv product of a block: in factors, and materialised."
+    from lsbook.vglaw.language_weights import adaptive_qkv, materialised_qkv
+    torch.manual_seed(0)
+    qkv, x = torch.nn.Linear(dim, 3 * dim), torch.randn(batch, tokens, dim)
+    factors = torch.randn(3 * dim, rank), torch.randn(batch, rank, rank), torch.randn(dim, rank)
+    with torch.inference_mode():
+        static = peak_bytes(lambda: qkv(x))
+        forms = adaptive_qkv, materialised_qkv
+        return tuple(peak_bytes(lambda: form(x, qkv.weight, qkv.bias, *factors)) - static for form in forms)
+
 # %% ../../nbs/studio/03_speed.ipynb #ac1c9d5b
 class Bench(NamedTuple):
     "One row: what is measured against what, and what is promised."
@@ -166,7 +199,10 @@ BENCHES = {
     "lseg/1000-labels-memory": Bench(thousand_labels, "all logits at once", "bytes", most=400e6),
     "step/text-attention": Bench(step_text_attention, "the equation as written", least=10),
     "step/folds-time": Bench(step_folds_time, "K = 1 (ours: K = 5)", least=1 / 1.25),
-    "step/folds-memory": Bench(step_folds_memory, "K = 1 (ours: K = 5)", "bytes", least=1 / 1.3)}
+    "step/folds-memory": Bench(step_folds_memory, "K = 1 (ours: K = 5)", "bytes", least=1 / 1.3),
+    "vglaw/mask-head": Bench(vglaw_mask_head, "the deconvolution written out", least=4),
+    "vglaw/block-time": Bench(vglaw_block_time, "a static block", least=1 / 1.35),
+    "vglaw/weights-memory": Bench(vglaw_weights_memory, "a weight matrix each", "bytes", least=10)}
 
 # %% ../../nbs/studio/03_speed.ipynb #9d57285c
 def measure(

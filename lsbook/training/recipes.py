@@ -40,6 +40,7 @@ class Recipe:
     scale: str = "scenes"                       # "scenes" (the book's own), "paper", or another
     config: dict = field(default_factory=dict)  # fields of the model's config
     rows: Callable | None = None         # module-level function, data folder -> (train, valid) rows
+    first: Callable | None = None        # a stage before: out folder -> fields of config that it decides
     steps: int = 1000                           # optimiser steps
     batch_size: int = 16                        # rows per optimiser step, over all processes together
     accumulate: int = 1                         # forward passes that share one optimiser step
@@ -73,7 +74,7 @@ class Recipe:
         return replace(self, **changes)
 
     def as_dict(self) -> dict: # what JSON can hold
-        "Every field; `rows` as the text `module:name`, or `module:name(arguments)`."
+        "Every field; `rows` and `first` as the text `module:name`, or `module:name(arguments)`."
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
 # %% ../../nbs/training/01_recipes.ipynb #7afcfc12

@@ -49,15 +49,19 @@ def versions() -> dict:  # name -> version
 def recipe_from(
     values: dict,  # what `Recipe.as_dict` gave, perhaps out of JSON
 ) -> Recipe:
-    """A recipe read back. `rows` of a chapter are found again; those of another module are None, to be given
-    with `replace`. `TypeError` for fields that a recipe does not have."""
-    found = re.fullmatch(r"lsbook\.(\w+)\.train:(\w+)(\(.*\))?", values.get("rows") or "")
-    rows = found and getattr(importlib.import_module(f"lsbook.{found[1]}.train"), found[2])
-    if found and found[3]:
-        call = ast.parse(f"f{found[3]}", mode="eval").body
-        rows = functools.partial(rows, *map(ast.literal_eval, call.args),
-                                 **{k.arg: ast.literal_eval(k.value) for k in call.keywords})
-    return Recipe(**values | dict(rows=rows, no_decay=tuple(values.get("no_decay", ()))))
+    """A recipe read back. `rows` and `first` of a chapter are found again; those of another module are None,
+    to be given with `replace`. `TypeError` for fields that a recipe does not have."""
+    functions = {name: _function(values.get(name)) for name in ("rows", "first")}
+    return Recipe(**values | functions | dict(no_decay=tuple(values.get("no_decay", ()))))
+
+def _function(address):
+    "The function of a chapter's `train` at an address that `as_dict` wrote; None for any other"
+    found = re.fullmatch(r"lsbook\.(\w+)\.train:(\w+)(\(.*\))?", address or "")
+    function = found and getattr(importlib.import_module(f"lsbook.{found[1]}.train"), found[2])
+    if not found or not found[3]: return function
+    call = ast.parse(f"f{found[3]}", mode="eval").body
+    return functools.partial(function, *map(ast.literal_eval, call.args),
+                             **{k.arg: ast.literal_eval(k.value) for k in call.keywords})
 
 # %% ../../nbs/training/04_runs.ipynb #b2d5f016
 def train(
@@ -69,7 +73,8 @@ def train(
 ) -> Fit:
     """From a recipe to `<out>/<method>.safetensors` and its metadata `.json`, which `load(out)` reads.
 
-    Where its config has `words=[]` or `labels=[]`, those of the training rows are taken. Several processes
+    Where its config has `words=[]` or `labels=[]`, those of the training rows are taken. Where it has a stage
+    that comes `first`, that is trained before, in `out` too, or found there finished. Several processes
     all call this; the first one prints and writes. `ValueError` for a recipe without rows, and for one that
     reads a folder where there is no `root`; else what `fit` raises."""
     name = f"{recipe.method}/{recipe.scale}"
@@ -81,7 +86,8 @@ def train(
         from lsbook.text import Vocabulary
         words = Vocabulary.from_texts(list(rows["expression"])).words
         recipe = recipe.replace(config=recipe.config | dict(words=words))
-    model = new_model(recipe)
+    found = recipe.first(out) if recipe.first else {}
+    model = new_model(recipe.replace(config=recipe.config | found))
     if getattr(model.config, "labels", None) == []:
         from lsbook.data import label_names
         model.config.labels = label_names(rows)
