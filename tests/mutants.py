@@ -279,12 +279,12 @@ ROOMS = {
         ("torch.is_grad_enabled() and any(t.requires_grad", "any(t.requires_grad"),
         ("if version != self._version: self.clear()", "pass"),
         ("version, [t.detach() for t in tensors]", "version, None"),
-        ("torch.inference_mode(False), torch.no_grad()", "torch.no_grad()"),
         ("torch.autocast(device, enabled=False)", "torch.no_grad()"),
         ("torch.stack([self._rows[t] for t in texts])", "torch.stack([self._rows[t] for t in sorted(texts)])"),
         ('name.split("@", 1)', 'name.split("@", 1)[:1]'),
     ]),
-    "lseg.official": Room("lseg.official", ["tests/test_lseg.py -k swapped or refused or published or synthetic or truncated"], [
+    "lseg.official": Room("lseg.official", ["tests/test_lseg.py -k swapped or refused or widths or every_published",
+            "tests/test_lseg.py -k synthetic or truncated"], [
         ("backwards=4 - n[0]", "backwards=n[0] - 1"),
         ("below=n[0] - 1", "below=n[0]"),
         ("below=n[0] - 1", "below=4 - n[0]"),

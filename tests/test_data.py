@@ -1,5 +1,5 @@
 """Loaders on small fixtures in the official layouts, bad input, and the real data folder where it is present."""
-import csv, io, json, os, pickle, subprocess, sys, tarfile
+import csv, io, json, os, pickle, subprocess, sys, tarfile, warnings
 from pathlib import Path
 
 import datasets
@@ -129,8 +129,9 @@ def test_two_lists_of_names_are_no_list():
     ("referring", lambda ds: ds.remove_columns(["mask", "box"]), "no column 'mask'"),
     ("referring", lambda ds: ds.map(lambda r: {"expression": " "}), "expression: got ' '; wanted words"),
     ("referring", lambda ds: ds.map(lambda r: {"box": [4., 1, 4, 4]}), "box: got"),
+    ("referring", lambda ds: ds.map(lambda r: {"box": [1., 4, 4, 4]}), "box: got"),
     ("referring", lambda ds: ds.map(lambda r: {"mask": Image.new("L", (3, 3))}), "mask: got .3, 3., wanted the image"),
-    ("referring", lambda ds: ds.map(lambda r: {"mask": Image.new("L", (8, 6), 7)}), "0 and 255"),
+    ("referring", lambda ds: ds.map(lambda r: {"mask": Image.new("L", (8, 6), 1)}), "0 and 255"),
     ("referring", lambda ds: ds.select([]), "no rows"),
     ("referring", lambda ds: ds.cast_column("box", datasets.Sequence(datasets.Value("string"))), "column 'box' as"),
     ("semantic", lambda ds: ds.map(lambda r: {"label_map": Image.new("L", (8, 6), 2)}), "has no name"),
@@ -140,6 +141,26 @@ def test_two_lists_of_names_are_no_list():
     ("caption", lambda ds: ds.map(lambda r: {"caption": ""}), "caption: got")])
 def test_check_rows_says_what_is_wrong(task, change, message):
     with pytest.raises(ValueError, match=message): D.check_rows(change(small(task)), task)
+
+
+def test_the_schemas_are_what_the_book_says():
+    image, text = datasets.Image(mode="RGB"), datasets.Value("string")
+    box = datasets.Sequence(datasets.Value("float32"), length=4)
+    assert D.features("referring") == {"image": image, "expression": text, "mask": datasets.Image(mode="L"), "box": box}
+    assert D.features("semantic") == {"image": image, "label_map": datasets.Image()}
+
+
+def test_what_check_rows_leaves_free():
+    "A mask or a box is enough; a type may be wider; only two names make 0 and 255 suspect."
+    ds = small("referring")
+    for c in ("mask", "box"): D.check_rows(ds.remove_columns(c), "referring")
+    D.check_rows(ds.cast_column("expression", datasets.Value("large_string")).cast_column(
+        "box", datasets.Sequence(datasets.Value("float64"))), "referring")
+    holes = small("semantic").map(lambda r: {"label_map": Image.fromarray(np.tile(np.uint8([0, 255]), (6, 4)))})
+    with pytest.warns(UserWarning, match="0 and 255 only"): D.check_rows(holes, "semantic")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        D.check_rows(D.with_names(holes, ["a", "b", "c"]), "semantic")
 
 
 def test_unknown_task():
@@ -331,6 +352,11 @@ def pairs(root, values=(0, 1, 2), stems=("a_1", "b_1")):
 def test_ade20k_numbers(tmp_path):
     ds = D.index_maps(*pairs(tmp_path), ["wall", "sky"], ignore=0, first=1)
     assert np.asarray(D.check_rows(ds, "semantic")[0]["label_map"]).tolist() == [[255, 0, 1]] * 2
+
+
+def test_255_always_means_not_labelled():
+    assert D.remap_labels(np.uint8([[0, 254, 255]]), 255).tolist() == [[0, 254, 255]]
+    assert D.remap_labels(np.uint8([[0, 1, 255]]), 1, first=1, ignore=0).tolist() == [[255, 0, 255]]
 
 
 def test_coco_stuff_and_sixteen_bits(tmp_path):
@@ -573,6 +599,12 @@ def test_an_outline_of_the_upright_photograph_stays(tmp_path):
     file = picture(tmp_path / "a.jpg", (20, 16), exif=exif.tobytes())
     assert D.annotation_turn(file, 16, 20) == 6 and D.annotation_turn(file, 20, 16) == 1
     with pytest.raises(ValueError, match="photograph of .20, 16.; wanted .9, 9."): D.annotation_turn(file, 9, 9)
+    for exif[0x0112] in range(1, 9):
+        file = picture(tmp_path / "a.jpg", (20, 16), exif=exif.tobytes())
+        assert D.annotation_turn(file, 16, 20) == exif[0x0112]
+        if exif[0x0112] > 4: assert D.annotation_turn(file, 20, 16) == 1
+        else:
+            with pytest.raises(ValueError, match="wanted .16, 20."): D.annotation_turn(file, 20, 16)
 
 
 @pytest.mark.parametrize("segmentation", [
@@ -611,6 +643,32 @@ def test_one_rule_for_what_is_on(tmp_path):
     soft = Image.fromarray(np.where(on, 255, 127).astype(np.uint8))
     for name, image in (("empty", Image.new("L", (8, 6))), ("soft", soft)):
         with pytest.warns(UserWarning, match=f"mask .*{name}.png"): masks(tmp_path / name, **{name: image})
+
+
+def test_half_as_bright_is_on_and_few_greys_are_not_said(tmp_path):
+    "Beside the brightest: half is on; greys are 1/8 to 7/8 of it, and said where they are more than what is on."
+    assert masks(tmp_path, half=Image.fromarray(np.uint8([[1, 2, 0]])))["half"].tolist() == [[True, True, False]]
+    few = [200] + [180] * 4 + [60] * 3                                   # .9 and .3 of the brightest
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, values in (("few", few), ("faint", [200] * 2 + [24] * 6)):
+            assert masks(tmp_path / name, **{name: Image.fromarray(np.uint8([values]))})[name].sum() in (5, 2)
+    with pytest.warns(UserWarning, match="45% on, 55% grey"): masks(tmp_path / "more", more=Image.fromarray(np.uint8([few + [60] * 3])))
+
+
+def test_masks_and_files_of_cameras(tmp_path):
+    "A mask with an orientation of its own is turned; endings in capitals count, hidden files do not."
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "cat").mkdir()
+    mask = np.zeros((6, 8), np.uint8)
+    mask[:2] = 255
+    Image.fromarray(mask).save(tmp_path / "cat/1.png", exif=exif)
+    picture(tmp_path / "cat/1.jpg", (6, 8))
+    assert (np.asarray(D.fss1000(tmp_path)[0]["mask"]) == np.rot90(mask, -1)).all()
+    images, labels = pairs(tmp_path, stems=("a",))
+    (images / "a.jpg").rename(images / "a.JPG"), picture(images / "._a.png", (3, 2))
+    assert len(D.index_maps(images, labels, ["a", "b", "c"])) == 1
 
 
 def test_fss_masks_of_another_size(tmp_path):

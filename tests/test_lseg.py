@@ -117,10 +117,29 @@ def test_a_synthetic_checkpoint_loads_and_gives_its_own_values(tmp_path):
     assert model.config.backbone == "vitb32" and model.config.text == "clip:ViT-B-32-quickgelu"
     with pytest.raises(ValueError, match="depth: got 0; the file holds a regularisation block"):
         from_official(tmp_path / "synthetic.ckpt")
+    torch.save({"state_dict": {k: v for k, v in state.items() if "head_block" not in k}}, tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="depth: got 1; the file holds no regularisation block"):
+        from_official(tmp_path / "plain.ckpt", depth=1)
     state["net.stranger"] = torch.ones(1)
     torch.save({"state_dict": state}, tmp_path / "strange.ckpt")
     with pytest.raises(ValueError, match="stranger"):
         from_official(tmp_path / "strange.ckpt", depth=2)
+
+
+@pytest.mark.parametrize("sides, backbone, tower, long_side", [
+    ((None, 512), "resnet101", "ViT-B-32-quickgelu", 480), ((768, 512), "vitb32", "ViT-B-32-quickgelu", 520),
+    ((1024, 640), "vitl16", "RN50x4-quickgelu", 520), ((1024, 768), "vitl16", "RN50x16-quickgelu", 520)])
+def test_published_widths_name_backbone_and_tower(tmp_path, monkeypatch, sides, backbone, tower, long_side):
+    from lsbook.lseg import official
+    names = "net.pretrained.model.pos_embed", "net.clip_pretrained.text_projection"
+    torch.save({"state_dict": {n: torch.zeros(1, w) for n, w in zip(names, sides) if w}}, tmp_path / "a.ckpt")
+
+    class Built(Exception): pass
+
+    def build(config): raise Built(config.backbone, config.text, config.long_side)
+    monkeypatch.setattr(official, "LSeg", build)
+    with pytest.raises(Built) as built: from_official(tmp_path / "a.ckpt")
+    assert built.value.args == (backbone, f"clip:{tower}", long_side)
 
 
 def test_weights_that_are_not_lsegs_are_named(tmp_path):

@@ -381,6 +381,8 @@ def test_bad_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="pretrained"): clip_weights(SMALL, "openai")
     (tmp_path/"two.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="pretrained.*one checkpoint"): clip_weights(SMALL, tmp_path)
+    (tmp_path/"cut.safetensors").unlink()
+    assert clip_weights(SMALL, tmp_path) == str(tmp_path/"two.safetensors")      # before all the pickles beside it
 
 
 def test_only_the_text_tower_is_taken_out_of_a_clip():
@@ -478,6 +480,7 @@ def test_cache_follows_the_weights():
     assert stale()
     cache.clear()
     assert not stale() and cache.texts == ["aa"]
+    assert cache._held[0].data_ptr() == e.w.data_ptr()      # the old numbers stay in memory: new ones get no address that was seen
 
 
 def test_cache_follows_a_cast_of_the_encoder_alone():
@@ -495,6 +498,9 @@ def test_a_version_belongs_to_its_module_and_its_weights():
     a = nn.Linear(2, 2)
     seen = {weights_version(a), weights_version(copy.deepcopy(a))}
     assert len(seen) == 2 and weights_version(a) in seen
+    twin = nn.Linear(2, 2)
+    twin.weight, twin.bias = a.weight, a.bias
+    assert weights_version(twin) != weights_version(a)      # the same tensors, another module
     for change in (lambda: a.requires_grad_(False).weight.add_(1), lambda: setattr(a, "bias", nn.Parameter(a.bias + 1)),
                    lambda: a.double(), lambda: a.load_state_dict(a.state_dict())):
         change()
@@ -544,6 +550,7 @@ def test_specs(tmp_path):
     for bad in ("word", "clip", "clip:", "bert:", ""):
         with pytest.raises(ValueError, match="spec"): text_encoder(bad)
     with pytest.raises(ValueError, match="spec"): text_encoder(None)
+    with pytest.raises(ValueError, match="pretrained: got 'no@tag'"): text_encoder("clip:ViT-B-32@no@tag")
     a = Bert(TINY, layers=2, vocabulary=PIECES)
     a.model.save_pretrained(tmp_path)
     a.tokenizer.save_pretrained(tmp_path)
