@@ -16,7 +16,7 @@ from lsbook import data
 from lsbook.images import box_of, png
 from lsbook.scenes import (BACKGROUNDS, CLASSES, COLOURS, FAMILIES, HELD_OUT, KINDS, PATTERNS, RGB, SHAPES, SPLITS, Scene,
                            SceneObject, Wording, label_names, label_of, referents, rows, scene, words)
-from lsbook.scenes.drawing import _Canvas
+from lsbook.scenes.drawing import _Canvas, _finish
 from lsbook.scenes.language import MARGIN, WANTED, _beside, _larger, _pick
 
 OBJECTS = ("plain", "patterned", "parts")
@@ -139,7 +139,7 @@ def test_captions_nouns_and_tags(many, objects):
         assert {w for text, _, _ in s.expressions() for w in text.split()} <= known
         for name in {label_of(t) for t in s.things}:
             for word in name.split(): assert word in s.caption
-    assert len(words()) == len(known)
+    assert len(words()) == len(known) and {"crosses", "buses", "stars"} <= known
 
 
 # ---- geometry ----
@@ -215,9 +215,9 @@ def test_all_words_occur(many):
     assert max(counts.values()) < 1.6 * min(counts.values())
 
 
-def covered(area, head, n):
+def covered(area, head, n, size=64):
     "May n of an object's `area` pixels be covered, where `head` of them are its head?"
-    canvas, window, cells = _Canvas(np.zeros((64, 64, 3))), (slice(20, 30), slice(20, 30)), np.arange(100).reshape(10, 10)
+    canvas, window, cells = _Canvas(np.zeros((size, size, 3))), (slice(20, 30), slice(20, 30)), np.arange(100).reshape(10, 10)
     canvas.put(SceneObject("red", "cat", "small", "plain", (25, 25), 5., area), window, cells < area, cells < head)
     return canvas.fits(window, cells < n)
 
@@ -227,6 +227,23 @@ def test_what_may_be_hidden():
     assert covered(60, 0, 36) and not covered(60, 0, 37), "24 pixels stay"
     assert covered(100, 100, 40) and not covered(100, 100, 41), "60 % of the head stays"
     assert covered(100, 10, 4) and not covered(100, 10, 5)
+    assert covered(100, 0, 4, size=128) and not covered(100, 0, 5, size=128), "four times as many of a scene twice as wide"
+
+
+def test_a_head_behind_another_object_is_hidden():
+    canvas, window, cells = _Canvas(np.zeros((64, 64, 3))), (slice(20, 30), slice(20, 30)), np.arange(100).reshape(10, 10)
+    for seen in (100, 50): canvas.put(SceneObject("red", "cat", "small", "plain", (25, 25), 5., 100), window, cells < seen, cells < 0)
+    canvas.put(SceneObject("red", "cat", "small", "plain", (25, 25), 5., 100), window, cells < 100, cells < 100)
+    canvas.put(SceneObject("red", "car", "small", "plain", (25, 25), 5., 50), window, cells < 50, cells < 10)
+    assert np.bincount(canvas.heads.ravel(), minlength=5).tolist() == [64 * 64 - 60, 0, 0, 50, 10]
+    assert np.bincount(canvas.ids.ravel(), minlength=5).tolist() == [64 * 64 - 100, 0, 0, 50, 50]
+
+
+def test_a_ground_of_less_than_three_percent_is_none():
+    for pixels, fine in ((122, False), (123, True)):
+        where = (np.arange(64 * 64) < pixels).reshape(64, 64).astype(np.uint8)
+        made = _finish(np.random.default_rng(0), _Canvas(np.zeros((64, 64, 3))), where, [0, 1], 0, "plain", None)
+        assert (made is not None) == fine
 
 
 def half_hidden(x, seen_from, radius=10., area=100, visible=80):
@@ -262,6 +279,12 @@ def test_scenes_are_what_they_always_were(objects, expected):
         said = s.caption, s.nouns, s.tags, s.expressions(), [t.box for t in s.things], _pick(s, count)
         told.update(s.label_map.tobytes() + repr(said).encode())
     assert told.hexdigest() == expected
+
+
+def test_scenes_of_seen_pairs_are_what_they_always_were():
+    told = hashlib.sha1()
+    for i in range(60): told.update(scene(i, seed=1, pairs="seen").label_map.tobytes())
+    assert told.hexdigest() == "b23a697ec7477e00eb4ca473d272772c7202a023"
 
 
 def test_pictures_are_what_they_always_were():
@@ -304,7 +327,8 @@ def test_held_out_pairs():
     patterned = {(t.colour, t.shape) for i in range(100) for t in scene(i, pairs="seen", objects="patterned").things}
     assert not patterned & set(HELD_OUT)
     assert set(HELD_OUT) <= {(t.colour, t.shape) for i in range(300) for t in scene(i, pairs="all").things}
-    assert len(HELD_OUT) == 6 and {c for c, _ in HELD_OUT} == set(COLOURS)
+    assert HELD_OUT == (("red", "star"), ("green", "square"), ("blue", "triangle"), ("yellow", "circle"), ("purple", "cross"), ("white", "star"))
+    assert {c for c, _ in HELD_OUT} == set(COLOURS)
     assert max(Counter(s for _, s in HELD_OUT).values()) <= 2
 
 

@@ -89,6 +89,14 @@ def test_resize_positions():
         assert torch.allclose(got[:, 1:].reshape(1, 4, 5, 5), want.permute(0, 2, 3, 1), atol=1e-6)
 
 
+def test_a_vit_resizes_its_positions_as_it_is_told():
+    pixels, found = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(0)), []
+    for how in ("bilinear", "bicubic", "bicubic"):
+        torch.manual_seed(0)
+        found.append(ViTFeatures("vit_tiny_patch16_224", (0,), interpolation=how, **TINY).eval()(pixels)[0])
+    assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
+
+
 def test_defaults_are_the_papers(vit):
     with torch.device("meta"): lseg = ViTFeatures()
     assert (lseg.blocks, lseg.interpolation, lseg.patch, lseg.grid, lseg.dim) == ((5, 11, 17, 23), "bilinear", 16, (24, 24), 1024)
@@ -141,6 +149,7 @@ def test_what_would_go_wrong_silently_is_refused(stride, vit, resnet):
     (lambda: ViTFeatures("vit_huge"), RuntimeError, "vit_huge"),
     (lambda: ViTFeatures("vit_tiny_patch16_224", (0,), weights="x", **TINY), RuntimeError, "tag"),
     (lambda: ViTFeatures("vit_tiny_patch16_224", (0, 3), **TINY), ValueError, "blocks: got .* 0 to 2"),
+    (lambda: ViTFeatures("vit_tiny_patch16_224", (0, 2, 1), **TINY), ValueError, "blocks: got .* wanted rising"),
     (lambda: ViTFeatures("vit_tiny_patch16_224", (1, 0), **TINY), ValueError, "rising")])
 def test_bad_models(make, error, words):
     with pytest.raises(error, match=words): make()
