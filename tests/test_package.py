@@ -1,4 +1,5 @@
 """The wheel holds everything, installs and imports away from the checkout, and `import lsbook` is light."""
+import ast
 import json
 import os
 import re
@@ -106,3 +107,34 @@ def test_names_of_the_package_are_there():
     assert lsbook.scenes.__name__ == "lsbook.scenes"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         lsbook.nothing
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """The graph of the modules' imports at their top has no cycle; that of the rooms, imports inside functions too: tests/test_book.py."""
+    home, below = ROOT / "lsbook", {}
+    for path in home.rglob("*.py"):
+        if path.name == "_modidx.py":
+            continue
+        parts = ("lsbook", *path.relative_to(home).with_suffix("").parts)
+        package = parts[:-1]
+        name = ".".join(package if parts[-1] == "__init__" else parts)
+        found = below.setdefault(name, set())
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = [*package[:len(package) - node.level + 1], *(node.module or "").split(".")]
+                whole = ".".join(filter(None, base))
+                found |= {whole} | {f"{whole}.{a.name}" for a in node.names}
+    below = {name: {f for f in found if f in below and f != name and not (f + ".").startswith(name + ".")} for name, found in below.items()}
+    order, open_ = [], []
+
+    def visit(name):
+        assert name not in open_, f"a cycle: {' -> '.join([*open_[open_.index(name):], name])}"
+        if name not in order:
+            open_.append(name)
+            for other in sorted(below[name]):
+                visit(other)
+            order.append(open_.pop())
+
+    for name in below:
+        visit(name)
+    assert len(order) > 30
