@@ -160,7 +160,7 @@ def metadata(saved, **change):
 
 
 @pytest.mark.parametrize("change, says", [
-    (dict(method="vglaw"), "'vglaw'.*wanted one of .*lseg"), (dict(method="os:system"), "os:system"),
+    (dict(method="stranger"), "'stranger'.*wanted one of .*lseg"), (dict(method="os:system"), "os:system"),
     (dict(method="tpy"), "did you mean 'toy'"),
     (dict(method=["toy"]), "method"),
     (dict(method=None), "None"), (dict(config=None), "no metadata"), (dict(config=[1]), "no metadata"),

@@ -85,7 +85,9 @@ def methods(monkeypatch):
 def toy():
     torch.manual_seed(0)
     model = Toy(ToyConfig(8, rate=2.5, note="x"))
-    model.norm.running_mean.normal_()
+    with torch.no_grad():                                                # every label is somewhere the largest
+        model.conv.weight.mul_(20)
+        model.norm.running_mean.copy_(model.conv(torch.rand(1, 3, 64, 64)).mean((0, 2, 3)))
     return model
 
 
@@ -160,13 +162,18 @@ def test_padding_never_reaches_the_answer():
 # --- lists, modes, Encoded -----------------------------------------------------------------------------------------
 
 def test_a_list_gives_what_single_images_give(toy):
-    images = [noise(48, 48, i) for i in range(5)] + [noise(20, 90, 7), noise(21, 90, 8), noise(1, 1)]
+    images = [noise(48, 48, i) for i in range(5)] + [noise(20, 90, 7), noise(25, 90, 8), noise(1, 1)]
+    alone = [toy.encode_image(one).features for one in images]
+    assert not torch.allclose(alone[0], alone[1], atol=.01)
+    assert min(np.bincount(toy.segment(images[0], LABELS).label_map.ravel(), minlength=3)) > 100
     for size in (1, 2, 16):
         for one, many in zip(images, toy.segment(images, LABELS, batch_size=size)):
             assert (toy.segment(one, LABELS).label_map == many.label_map).all()
+        for one, many in zip(alone, toy.encode_image(images, batch_size=size)):
+            assert torch.allclose(one, many.features, atol=1e-5)
     toy.passes.clear()
     toy.encode_image(images, batch_size=4)
-    assert toy.passes == [(4, 3, 48, 48), (2, 3, 48, 48), (2, 3, 16, 48)]
+    assert toy.passes == [(4, 3, 48, 48), (2, 3, 48, 48), (2, 3, 16, 48)]       # 11 and 13 pixels high, padded to 16
 
 
 def test_a_tensor_batch_is_a_list(toy):
