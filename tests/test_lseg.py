@@ -276,10 +276,10 @@ def test_exact_logits():
 
 
 def test_exact_argmax_the_first_of_equals_wins():
-    logits = torch.tensor([[1., 3, 3, 3, 0], [5, 1, 5, 1, 5]]).view(2, 5, 1, 1)
+    logits = torch.tensor([[1., 3, 3, 3, 0], [5, 1, 5, 1, 5], [0, 1, 2, 4, 3]]).view(3, 5, 1, 1)
     for sizes in ((5,), (2, 3), (1, 1, 1, 1, 1), (3, 2)):
         value, index = running_argmax(logits.split(sizes, 1))
-        assert value.flatten().tolist() == [3, 5] and index.flatten().tolist() == [1, 0], sizes
+        assert value.flatten().tolist() == [3, 5, 4] and index.flatten().tolist() == [1, 0, 3], sizes
 
 
 @pytest.mark.parametrize("kind, depth, want", [   # the convolution is 2 x + 0.5; the labels start at -2 and 1

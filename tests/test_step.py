@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from PIL import Image
 
 from lsbook import cli, evaluate, load, scenes
@@ -292,9 +293,19 @@ def test_exact_rows_of_expressions():
         assert len(set(drawn)) == len(set(kinds.values()))            # each of at most four kinds is drawn
         for kind in drawn: counts[kind] = counts.get(kind, 0) + 1
     assert len({tuple(train[7]["expression"]) for _ in range(20)}) > 10  # drawn anew each time
+    kinds = {text: kind for text, _, kind in scenes.scene(7).expressions()}
+    assert {kinds[Expressions(9, each=1)[7]["expression"][0]] for _ in range(60)} == set(kinds.values())   # the kind, too
     assert set(Expressions(9, each=3, blank=True)[8]["expression"]) == {"the thing"} and len(Expressions(9, each=3)[8]["mask"]) == 3
     for wrong in (9, -1):
         with pytest.raises(IndexError): Expressions(9)[wrong]
+
+
+def test_exact_splits(monkeypatch):
+    def refer(root, name, split_by, split): return Dataset.from_dict({"read": [f"{root} {name} {split_by} {split}"]})
+    monkeypatch.setattr("lsbook.step.train.refer", refer)
+    train, valid = refer_rows("refcoco", "unc", "here")
+    assert train["read"][:] == ["here refcoco unc train"] and valid["read"][:] == ["here refcoco unc val"]
+    assert len(refer_rows("refclef", "berkeley", "here", ("train", "val"))[0]) == 2
 
 
 def test_exact_vocabulary():
