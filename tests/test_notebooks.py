@@ -23,7 +23,7 @@ NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p 
 NOT_RUN = {"slow", "cuda"}
 TIGHT, LOOSE = (0.02, 0.002), (0.5, 0.1)  # (relative, absolute): how far a number may be from its saved twin
 
-DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([^\s:]+)\s*:?\s*(.*?)\s*$", re.M)
+DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*\|[ \t]*([^\s:]+)[ \t]*:?[ \t]*(.*?)[ \t]*$", re.M)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 MEASURED = re.compile(r"\d[\d.,]*\s*(?:ns|us|µs|μs|ms|s|sec|seconds?|min|minutes?|[KMG]i?B|bytes|\w*/s|x|×|times)(?!\w)")
