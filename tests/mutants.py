@@ -1151,8 +1151,9 @@ def import_what_it_imports(room, folder):
 
 def by_notebook(room, folder):
     def execute():
-        space = {"__name__": "__main__"}
-        for cell in json.loads(notebook_of(folder, room.module).read_text(encoding="utf-8"))["cells"]:
+        space, nb = {"__name__": "__main__"}, notebook_of(folder, room.module)
+        os.chdir(nb.parent)                              # as in Jupyter: files beside it are found
+        for cell in json.loads(nb.read_text(encoding="utf-8"))["cells"]:
             text = "".join(cell["source"])
             if cell["cell_type"] == "code" and not re.search(r"^#\s*\|\s*(slow|cuda|eval:\s*false)", text, re.M):
                 exec(compile(re.sub(r"^%.*$", "", text, flags=re.M), "cell", "exec"), space)
