@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DETECTOR', 'LEAK', 'split_windows', 'join_windows', 'relative_table', 'relative_scores', 'biased_attention',
-           'place_codes', 'folded_attention', 'AdaptiveAttention', 'Block', 'PatchEmbed', 'ConvStem', 'AdaptiveViT',
-           'sincos_positions', 'fit_positions', 'fit_distances', 'convert_vit', 'load_vit']
+           'place_codes', 'folded_attention', 'AdaptiveAttention', 'Block', 'PatchEmbed', 'ConvStem',
+           'sincos_positions', 'AdaptiveViT', 'fit_positions', 'fit_distances', 'convert_vit', 'load_vit']
 
 # %% ../../nbs/vglaw/02_backbone.ipynb #af90870c
 import warnings
@@ -162,8 +162,8 @@ class PatchEmbed(nn.Module):
 class ConvStem(nn.Module):
     """Tokens for scenes of 64 pixels, at stride 8, from two maps of a small convolution network.
 
-    Deviation: what a ViT learns of patches from millions of photographs, a few thousand scenes do not
-    teach it."""
+    Deviation: what a ViT's patches mean is learned from millions of photographs; here convolutions
+    stand for them."""
     stride = 8
     def __init__(self,
         dim: int,
@@ -178,6 +178,11 @@ class ConvStem(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         _, fine, coarse = self.pyramid(images.contiguous(memory_format=torch.channels_last))
         return (self.fine(fine) + self.coarse(coarse)).permute(0, 2, 3, 1)
+
+# %% ../../nbs/vglaw/02_backbone.ipynb #cb6217db
+def sincos_positions(grid: int, dim: int) -> Tensor:             # (1, grid, grid, D)
+    "Sines and cosines of row and column, with which the learned positions begin. MAE (He et al., CVPR 2022)."
+    return build_sincos2d_pos_embed([grid, grid], dim).view(1, grid, grid, dim)
 
 # %% ../../nbs/vglaw/02_backbone.ipynb #1ce92f4f
 class AdaptiveViT(nn.Module):
@@ -214,11 +219,6 @@ class AdaptiveViT(nn.Module):
     ) -> Tensor:                 # (N, D, h, w)
         for i, block in enumerate(self.blocks): x = block(x, weights and weights[i])
         return self.norm(x).permute(0, 3, 1, 2)
-
-# %% ../../nbs/vglaw/02_backbone.ipynb #cb6217db
-def sincos_positions(grid: int, dim: int) -> Tensor:             # (1, grid, grid, D)
-    "Sines and cosines of row and column, with which the learned positions begin. MAE (He et al., CVPR 2022)."
-    return build_sincos2d_pos_embed([grid, grid], dim).view(1, grid, grid, dim)
 
 # %% ../../nbs/vglaw/02_backbone.ipynb #518522c9
 def fit_positions(
