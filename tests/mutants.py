@@ -12,8 +12,9 @@ To add a room: one entry in `ROOMS`, with the module as it is imported, its test
 old text must stand exactly once in the module: take enough of the line. Only change what a reader could get wrong (a sign, an
 exponent, a default, an axis, `>` for `>=`, which of two equals wins), and nothing that means the same. Narrow the tests of
 a room to quick ones. Not part of CI: a mutant takes about 2 seconds of a processor to its own, one that only the notebook
-notices 10 to 30; a room takes one to three minutes, the whole list about half an hour, and three times that beside other
-work (children are forked, so this runs on Linux and macOS; the libraries they import are imported once, before the fork).
+notices 10 to 30; a room takes one to three minutes, the whole list, about a thousand by now, some 45 minutes (reckoned from the
+rooms, not run in one go), and three times that beside other work (children are forked, so this runs on Linux and macOS;
+the libraries they import are imported once, before the fork).
 """
 import argparse
 import importlib
