@@ -60,7 +60,7 @@ def refused(
 
 # %% ../nbs/show.ipynb #47cf388f
 def _numbers(x):
-    "A PIL image, a tensor on any device, an array or nested lists as an array; a (C, H, W) tensor becomes (H, W, C)."
+    "A PIL image, a tensor, an array or nested lists as an array; a (C, H, W) tensor becomes (H, W, C)."
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = x.float() if x.is_floating_point() else x
