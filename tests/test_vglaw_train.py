@@ -182,8 +182,9 @@ def test_real_rows_train_boxes_and_masks(tmp_path):
 
 
 def test_claims_say_how_they_were_made(tmp_path, monkeypatch):
-    seen = []
+    seen, changed = [], []
     def short(steps, **changes):
+        changed.append(changes)
         config = T.RECIPES["scenes"].config | SMALL | changes
         return T.RECIPES["scenes"].replace(steps=steps, batch_size=2, warmup=0, eval_every=steps, no_decay=(), lr_scale={}, config=config)
     def few(task, n, **kind): return rows(task, 4, **kind)
@@ -193,7 +194,7 @@ def test_claims_say_how_they_were_made(tmp_path, monkeypatch):
     trunk = T.pretrain(tmp_path / "labels", T.LABELS.replace(steps=1, batch_size=2, eval_every=1, warmup=0, config=SMALL))
     runs = T.claims(tmp_path / "claims.json", steps=1, seeds=(3,), trunk=trunk)
     assert [r["variant"] for r in runs] == list(T.VARIANTS) and [k["blank"] for k in seen] == [v == "no words" for v in T.VARIANTS]
-    assert all(k["split"] == "train" for k in seen)
+    assert all(k["split"] == "train" for k in seen) and changed == list(T.VARIANTS.values())
     for r in runs:
         assert r["seed"] == 3 and r["steps"] == 1 and r["changes"] == T.VARIANTS[r["variant"]] and "mIoU" in r
         assert {"code", "command", "precision", "device", "torch", "cpu_seconds"} <= set(r)
