@@ -211,6 +211,7 @@ def test_variants_change_what_they_say():
 
 
 def test_paths_read_different_texts():
+    assert [T.attribute_kind(t) for t in ("the red thing", "the star", "the red star")] == ["colour", "shape", "both"]
     model, rows = load("vglaw"), list(scenes.rows("referring", 12, split="valid"))
     blank = lambda part: [r | dict(expression=T.BLANK) for r in part]
     assert T.score_paths(model, rows, T.blank, T.blank)["mIoU"] == pytest.approx(evaluate(model, blank(rows))["mIoU"], abs=1e-6)
