@@ -667,7 +667,7 @@ def test_masks_and_files_of_cameras(tmp_path):
     picture(tmp_path / "cat/1.jpg", (6, 8))
     assert (np.asarray(D.fss1000(tmp_path)[0]["mask"]) == np.rot90(mask, -1)).all()
     images, labels = pairs(tmp_path, stems=("a",))
-    (images / "a.jpg").rename(images / "a.JPG"), picture(images / "._a.png", (3, 2))
+    (images / "a.jpg").rename(images / "a.JPG"), picture(labels / "._a.png", (3, 2))
     assert len(D.index_maps(images, labels, ["a", "b", "c"])) == 1
 
 
