@@ -1081,7 +1081,7 @@ ROOMS = {
         ("if f.suffix.lower() in _IMAGES", "if f.suffix in _IMAGES"),
         ('and not f.name.startswith(".")', ""),
     ]),
-    "vglaw.language_weights": Room("vglaw.language_weights", ["tests/test_vglaw.py -k aggregation or factored or start"], [
+    "vglaw.language_weights": Room("vglaw.language_weights", ["tests/test_vglaw.py -k aggregation or factored or start or generator or fan_in"], [
         ("torch.randn(layers, dim))", "torch.randn(layers, dim) * .02)"),
         ("f.shape[-1] ** .5", "words.shape[-1] ** .5"),
         ("/ f.shape[-1] ** .5", "/ f.shape[-1]"),
@@ -1108,7 +1108,7 @@ ROOMS = {
         ("baddbmm_(x @ Q, (P @ Phi).mT)", "baddbmm_(x @ Q, (P @ Phi).mT, alpha=-1)"),
         ("F.linear(x, weight, bias)", "F.linear(x, weight)"),
     ]),
-    "vglaw.backbone": Room("vglaw.backbone", ["tests/test_vglaw.py -k window or folded or detectron or timm or checkpoint"], [
+    "vglaw.backbone": Room("vglaw.backbone", ["tests/test_vglaw.py -k window or folded or detectron or timm or checkpoint or stems"], [
         ("x = x.view(n, h // side, side, w // side, side, c)\n", "x = x.view(n, side, h // side, side, w // side, c)\n"),
         ("return x.transpose(2, 3).reshape(-1, side, side, c)", "return x.reshape(-1, side, side, c)"),
         ("return x.transpose(2, 3).reshape(-1, h, w, c)", "return x.reshape(-1, h, w, c)"),

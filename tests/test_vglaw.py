@@ -281,3 +281,56 @@ def test_shipped_trunk_starts_the_scenes_recipe():
     assert len(state) > 50 and all(torch.equal(own[k], v.to(own[k].dtype)) for k, v in state.items())
     stage = LabelPretraining(model, scenes.label_names())
     assert set(state) <= set(own) and stage.trunk is model.trunk and stage.enlarge is model.mask.enlarge
+
+def test_generator_by_its_equation():
+    torch.manual_seed(0)
+    generate, h0 = WeightGenerator(dim=8, hidden=4, rank=2), torch.randn(3, 8)
+    assert (generate(h0) == 0).all()                                 # the last map starts at zero
+    nn.init.normal_(generate.phi.weight), nn.init.normal_(generate.phi.bias)
+    W1, norm, _ = generate.reduce
+    a = h0 @ W1.weight.T + W1.bias
+    a = (a - a.mean(1, keepdim=True)) / (a.var(1, unbiased=False, keepdim=True) + norm.eps) ** .5
+    h1 = a * .5 * (1 + torch.erf(a / 2 ** .5))
+    assert torch.allclose(generate(h0), (h1 @ generate.phi.weight.T + generate.phi.bias).view(3, 2, 2), atol=1e-6)
+
+def test_language_weights_start_by_their_fan_in_and_go_to_their_layers():
+    torch.manual_seed(0)
+    language = LanguageWeights(text_dim=8, dim=64, layers=3, groups=2, hidden=4, rank=4)
+    for t, bound in ((language.P, 1 / 4 ** .5), (language.Q, 1 / 64 ** .5)): assert .98 * bound < t.abs().max() <= bound
+    assert abs(LanguageAggregation(512, 8, 4).embedding.std() - 1) < .05
+    for g in language.generators: nn.init.normal_(g.phi.weight)
+    words, mask = torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
+    h0 = language.aggregate(words, mask)
+    assert all(torch.equal(Phi, g(h0[:, i])) for i, (Phi, g) in enumerate(zip(language(words, mask), language.generators)))
+
+def test_window_sizes_drop_path_and_order_of_weights():
+    torch.manual_seed(0)
+    trunk = AdaptiveViT(ConvStem(16), 8, 16, 6, 2, 3., 4, (2, 5), .2, False).eval()
+    assert [b.attn.size for b in trunk.blocks] == [(4, 4), (4, 4), (8, 8)] * 2
+    assert [round(b.drop_path.p, 3) for b in trunk.blocks] == [0, .04, .08, .12, .16, .2]
+    assert trunk.blocks[0].mlp.fc1.out_features == 48 and trunk.blocks[0].norm1.eps == 1e-6
+    image = torch.rand(2, 3, 64, 64)
+    x = trunk.embed(image)
+    assert torch.equal(x, trunk.patch_embed(image) + trunk.pos_embed) and trunk.patch_embed.stride * 8 == 64
+    weights = [(torch.randn(48, 2), torch.randn(2, 2, 2), torch.randn(16, 2)) for _ in range(6)]
+    y = x
+    for block, w in zip(trunk.blocks, weights):
+        y = y + block.attn(block.norm1(y), w)
+        y = y + block.mlp(block.norm2(y))
+    assert torch.equal(trunk(x, weights), y.permute(0, 3, 1, 2)) and isinstance(trunk.norm, nn.Identity)
+    assert all((p == 0).all() for n, p in trunk.named_parameters() if "rel_pos" in n)
+
+def test_checkpoint_tables_take_another_size():
+    ramp = torch.arange(4.).expand(4, 4).reshape(1, 16, 1)
+    with_class = torch.cat([torch.full((1, 1, 1), 99.), ramp], 1)
+    assert torch.equal(fit_positions(with_class, 4), ramp.view(1, 4, 4, 1)) and fit_positions(with_class, 8).max() < 4
+    assert torch.allclose(fit_distances(torch.arange(-3., 4.)[:, None], 3)[:, 0], torch.tensor([-7 / 3, 0, 7 / 3]))
+
+def test_stems_are_what_they_say():
+    torch.manual_seed(0)
+    image, patches, stem = torch.rand(1, 3, 32, 48), PatchEmbed(12), ConvStem(16).eval()
+    want = patches.proj.weight.flatten(1) @ patches.normalise(image)[0, :, 16:32, 32:48].flatten() + patches.proj.bias
+    assert torch.allclose(patches(image)[0, 1, 2], want, atol=1e-4) and patches.stride == 16
+    _, fine, coarse = stem.pyramid(image)
+    want = nn.functional.conv2d(fine, stem.fine.weight, stem.fine.bias, stride=2) + stem.coarse(coarse)
+    assert torch.allclose(stem(image), want.permute(0, 2, 3, 1), atol=1e-5) and stem.stride == 8
