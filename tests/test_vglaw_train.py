@@ -219,4 +219,5 @@ def test_paths_read_different_texts():
     assert [T.PATHS[k] for k in T.PATHS] == [(T.same, T.same), (T.blank, T.same), (T.same, T.blank), (T.blank, T.blank), (None, T.same)]
     weights, heads = T.score_paths(model, rows, T.same, T.blank)["mIoU"], T.score_paths(model, rows, T.blank, T.same)["mIoU"]
     assert weights > heads + .1 and T.score_paths(model, rows, None, T.same)["mIoU"] < weights
+    assert T.score_paths(model, rows, None, T.same)["mIoU"] != heads         # no words at all is not "the thing"
     assert [r["kind"] for r in T.with_attribute_kinds(rows)] == [T.attribute_kind(r["expression"]) if r["kind"] == "attribute" else r["kind"] for r in rows]
