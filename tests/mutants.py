@@ -1154,6 +1154,7 @@ ROOMS = {
         ("if k.startswith(DETECTOR)}", "}"),
         ("else torch.zeros_like(table)", "else torch.ones_like(table)"),
         ('state["pos_embed"].ndim == 4', 'state["pos_embed"].ndim == 3'),
+    ]),
     "vglaw.heads": Room("vglaw.heads", ["tests/test_vglaw_heads_model.py -k lap_is or average or box_head or contraction or mask_head or lap_points"], [
         # pooling
         ("/ q.shape[-1] ** .5", "/ q.shape[-1]"),

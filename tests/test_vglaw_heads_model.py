@@ -184,7 +184,9 @@ def test_flips_come_in_training_alone_and_half_of_the_time():
     torch.manual_seed(0)
     model = tiny(flip=True).train()
     mirrored_rows = sum(model.collate([row])["texts"] == ["right"] for _ in range(60))
-    assert 18 < mirrored_rows < 42 and model.eval().collate([row])["texts"] == ["left"]
+    assert 18 < mirrored_rows < 42
+    model.eval()
+    assert all(model.collate([row])["texts"] == ["left"] for _ in range(12))
     still = tiny(flip=False).train()
     assert all(still.collate([row])["texts"] == ["left"] for _ in range(12))
 
