@@ -10,6 +10,7 @@ import ast
 import html
 import sys
 from pathlib import Path
+
 from .show import INK, LINES, caption_of
 
 # %% ../nbs/book.ipynb #6bf86597

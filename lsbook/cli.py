@@ -18,6 +18,7 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+
 from .doctor import doctor
 
 # %% ../nbs/cli.ipynb #272affe1
@@ -27,6 +28,7 @@ def trained(
 ):  # the model, on the GPU where there is one
     "A trained model of that very method; `ValueError` for the weights of another."
     import torch
+
     from lsbook.segmenter import load, method_class
     method_class(method)  # an unknown name is answered with those there are
     model = load(weights or method)

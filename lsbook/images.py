@@ -10,8 +10,10 @@ import io
 import os
 import re
 import warnings
+
 import numpy as np
 from PIL import Image, ImageOps
+
 from .files import named
 
 # %% ../nbs/images.ipynb #2d4899d6

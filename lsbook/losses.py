@@ -8,6 +8,7 @@ __all__ = ['in_float32', 'check_pair', 'binary_cross_entropy', 'dice_loss', 'foc
 
 # %% ../nbs/losses.ipynb #c8659502
 from functools import wraps
+
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F

@@ -8,6 +8,7 @@ __all__ = ['iou', 'MaskMeter', 'box_iou', 'ConfusionMatrix', 'evaluate']
 # %% ../nbs/metrics.ipynb #339191d6
 import itertools
 import math
+
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -232,6 +233,7 @@ def evaluate(
     With more than 255 names the ignored value is 65535. `ValueError` for rows of another task, no rows,
     results of another size or number; `TypeError` for rows that can be read only once."""
     from tqdm import tqdm
+
     from lsbook.data import label_names
     if iter(rows) is rows: raise TypeError("rows: got an iterator, readable once; wanted a list or data set")
     columns = set(next(iter(rows), {}))

@@ -16,8 +16,10 @@ import sys
 import tempfile
 import textwrap
 from importlib import import_module, metadata
+
 import numpy as np
 from PIL import Image
+
 from .files import named
 from .images import to_array
 
@@ -238,6 +240,7 @@ def style():
 def _figure_class():
     "matplotlib's Figure that shows itself in a notebook; made when first needed, so that importing is quick."
     from io import BytesIO
+
     from matplotlib.figure import Figure
 
     class NotebookFigure(Figure):

@@ -10,6 +10,7 @@ __all__ = ['receptive_field', 'check_images', 'Normalise', 'resnet_weights', 'Re
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from .files import is_path, load_tensors, named, read_tensors
 
 # %% ../nbs/vision.ipynb #2459d6ef

@@ -11,15 +11,17 @@ import glob
 import tarfile
 import warnings
 from pathlib import Path
+
 import datasets
 import numpy as np
-from PIL import Image
 from datasets import Dataset
+from PIL import Image
+
+from ..files import inside, named, read_json, read_text
+from ..images import orientation, png
 from .pixels import _IMAGES, _by_stem, _columns, _file, _folder, _rows_from, segmentation_mask
 from .referring import _map, _records
 from .rows import features, label_names, with_names
-from ..files import inside, named, read_json, read_text
-from ..images import orientation, png
 
 # %% ../../nbs/data/04_label_maps.ipynb #0cd80029
 def index_maps(

@@ -11,13 +11,15 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import datasets
 import numpy as np
 import pycocotools.mask as coco
-from PIL import Image
 from datasets import Dataset, Features
-from .rows import features
+from PIL import Image
+
 from ..images import orientation, to_image, upright
+from .rows import features
 
 # %% ../../nbs/data/02_pixels.ipynb #66219a7e
 def _fits(counts, pixels):

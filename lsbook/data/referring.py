@@ -12,14 +12,16 @@ import json
 import warnings
 from collections import Counter
 from pathlib import Path
+
 import datasets
 import numpy as np
-from PIL import Image
 from datasets import Dataset, Features, Value
-from .pixels import _columns, _file, _folder, _rows_from, annotation_turn, segmentation_mask
-from .rows import features
+from PIL import Image
+
 from ..files import inside, named, read_json, read_pickle, read_text
 from ..images import orientation, png, upright, upright_box
+from .pixels import _columns, _file, _folder, _rows_from, annotation_turn, segmentation_mask
+from .rows import features
 
 # %% ../../nbs/data/03_referring.ipynb #5b9f48d4
 def _referring(objects, source):

@@ -10,10 +10,11 @@ import json
 import re
 import warnings
 from copy import copy
+
 import datasets
 import numpy as np
-from PIL import Image
 from datasets import Dataset, Features, Sequence, Value
+from PIL import Image
 
 # %% ../../nbs/data/01_rows.ipynb #4cdc1ec1
 def features(

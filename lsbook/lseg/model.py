@@ -7,11 +7,12 @@ __all__ = ['VITS', 'ResNetMaps', 'DenseEncoder', 'LSegConfig', 'LSeg', 'augment'
 
 # %% ../../nbs/lseg/03_model.ipynb #f61a8c42
 from dataclasses import dataclass, field, replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from fastcore.basics import AttrDict, patch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.models import resnet101
@@ -19,13 +20,14 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.transforms import v2
 from transformers import DPTConfig
 from transformers.models.dpt.modeling_dpt import DPTNeck
+
 from ..images import to_image
 from ..losses import pixel_cross_entropy
-from .pixel_text import SCALE, correlate, running_argmax
-from .spatial_regularization import SpatialRegularization
 from ..segmenter.answer import SemanticSegmenter
 from ..text.pretrained import TextCache, text_encoder
 from ..vision import Normalise, SmallPyramid, ViTFeatures
+from .pixel_text import SCALE, correlate, running_argmax
+from .spatial_regularization import SpatialRegularization
 
 # %% ../../nbs/lseg/03_model.ipynb #922b2d65
 VITS = {  # timm name, blocks looked at, channels of the four reassembled maps, their resize factors

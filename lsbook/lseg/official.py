@@ -7,7 +7,9 @@ __all__ = ['NECK', 'OFFICIAL', 'convert_name', 'from_official']
 
 # %% ../../nbs/lseg/06_official.ipynb #a59abee8
 import re
+
 from torch import zeros
+
 from ..files import load_tensors, named, read_tensors
 from .model import LSeg, LSegConfig
 

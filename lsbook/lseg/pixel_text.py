@@ -9,6 +9,7 @@ __all__ = ['SCALE', 'correlate', 'running_argmax']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from ..losses import in_float32
 
 # %% ../../nbs/lseg/01_pixel_text.ipynb #0de66250

@@ -9,6 +9,7 @@ __all__ = ['SpatialRegularization']
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from ..losses import in_float32
 
 # %% ../../nbs/lseg/02_spatial_regularization.ipynb #02e87baf

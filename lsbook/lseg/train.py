@@ -9,11 +9,12 @@ __all__ = ['SEEN', 'CAMVID', 'small', 'clip', 'large', 'sgd', 'RECIPES', 'only',
 # %% ../../nbs/lseg/04_train.ipynb #2ced7442
 from functools import partial
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
+
 from .. import scenes
-from ..data import COCO_NAMES, VOC_NAMES, fold_classes, label_names, with_names
-from ..data import camvid, fss1000, index_maps, voc
+from ..data import COCO_NAMES, VOC_NAMES, camvid, fold_classes, fss1000, index_maps, label_names, voc, with_names
 from ..training import Recipe
 
 # %% ../../nbs/lseg/04_train.ipynb #48e72f41

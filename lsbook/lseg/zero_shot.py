@@ -8,12 +8,13 @@ __all__ = ['VARIANTS', 'glued', 'other_iou', 'parent_iou', 'claims']
 # %% ../../nbs/lseg/05_zero_shot.ipynb #c3a80635
 import numpy as np
 import torch
+
 from .. import scenes
 from ..data import with_names
-from .model import LSeg, LSegConfig
-from .train import RECIPES, SEEN, only
 from ..metrics import ConfusionMatrix, evaluate
 from ..training import experiments, fit
+from .model import LSeg, LSegConfig
+from .train import RECIPES, SEEN, only
 
 # %% ../../nbs/lseg/05_zero_shot.ipynb #e7a2113e
 VARIANTS = {  # what each run changes in the scenes recipe, besides leaving out the training of "other"

@@ -9,10 +9,26 @@ __all__ = ['GroundDice', 'ObjectDice', 'Wording', 'RADII', 'SceneObject', 'label
 import functools
 from collections import namedtuple
 from dataclasses import dataclass
+
 import numpy as np
+
 from ..images import box_of, png
-from .shapes import (BACKGROUNDS, CLASSES, COLOURS, DARK, HELD_OUT, PATTERNS, RGB, SHAPES, SIZES,
-                                  SPLITS, _one_of, label_names, layers, second_colour)
+from lsbook.scenes.shapes import (
+    BACKGROUNDS,
+    CLASSES,
+    COLOURS,
+    DARK,
+    HELD_OUT,
+    PATTERNS,
+    RGB,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    _one_of,
+    label_names,
+    layers,
+    second_colour,
+)
 from .textures import texture
 
 # %% ../../nbs/scenes/02_drawing.ipynb #289dfc49

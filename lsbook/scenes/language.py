@@ -8,12 +8,13 @@ __all__ = ['NUMBERS', 'MARGIN', 'SIDES', 'WORDS', 'MEASURES', 'WANTED', 'words',
 # %% ../../nbs/scenes/03_language.ipynb #529ffe2e
 import re
 from collections import Counter
+
 import numpy as np
 from fastcore.basics import patch
+
 from ..images import png
 from .drawing import Scene, _whole, label_of, scene
-from .shapes import (BACKGROUNDS, CLASSES, COLOURS, FAMILIES, KINDS, PATTERNS, SHAPES, SIZES,
-                                  _one_of, label_names)
+from .shapes import BACKGROUNDS, CLASSES, COLOURS, FAMILIES, KINDS, PATTERNS, SHAPES, SIZES, _one_of, label_names
 
 # %% ../../nbs/scenes/03_language.ipynb #eb329f05
 NUMBERS = ("", "a", "two", "three", "four", "five")
@@ -222,6 +223,7 @@ def _row(task, scene, count):
 def _dataset(task, made, names):
     "The rows as an Arrow table in memory, under the schema of `lsbook.data`, with the label names attached."
     import datasets
+
     from lsbook.data import features, with_names
     columns = features(task)
     if task == "referring": columns["kind"] = datasets.Value("string")

@@ -9,6 +9,7 @@ __all__ = ['COLOURS', 'SHAPES', 'BACKGROUNDS', 'SIZES', 'PATTERNS', 'FAMILIES', 
 
 # %% ../../nbs/scenes/01_shapes.ipynb #898f9dff
 import functools
+
 import numpy as np
 
 # %% ../../nbs/scenes/01_shapes.ipynb #3aa9e8c1

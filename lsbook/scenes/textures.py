@@ -7,8 +7,10 @@ __all__ = ['texture']
 
 # %% ../../nbs/scenes/04_textures.ipynb #f48e1e22
 import functools
+
 import numpy as np
 from PIL import Image
+
 from .shapes import BACKGROUNDS
 
 # %% ../../nbs/scenes/04_textures.ipynb #34bfedcc

@@ -8,14 +8,16 @@ __all__ = ['check_labels', 'check_expressions', 'LabelResult', 'SemanticSegmente
 # %% ../../nbs/segmenter/02_answer.ipynb #629b4fe3
 import json
 from dataclasses import dataclass
+
 import numpy as np
 import torch
-from PIL import Image
 from fastcore.basics import patch
+from PIL import Image
+
 from ..images import box_of
+from ..text.words import check_texts
 from .encode import Encoded, Segmenter, _inference
 from .results import Result, draw_labels, draw_mask, index_image, printable, shares
-from ..text.words import check_texts
 
 # %% ../../nbs/segmenter/02_answer.ipynb #acc5696d
 def _short(texts, name, longest):

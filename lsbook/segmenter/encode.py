@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from fastcore.basics import AttrDict, patch
 from huggingface_hub import PyTorchModelHubMixin
+from PIL import Image
 from torch import nn
+
 from ..images import to_images
 from ..text.pretrained import weights_version
 

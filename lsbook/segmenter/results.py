@@ -6,12 +6,13 @@
 __all__ = ['printable', 'sized', 'with_legend', 'shares', 'draw_labels', 'draw_mask', 'index_image', 'Result']
 
 # %% ../../nbs/segmenter/04_results.ipynb #b6be639f
-import json
 import math
 import textwrap
 from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
 from ..images import png
 
 # %% ../../nbs/segmenter/04_results.ipynb #29b6eda2

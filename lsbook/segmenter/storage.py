@@ -18,10 +18,12 @@ import re
 import typing
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
+
 from ..files import load_tensors, named, read_json, read_tensors, tied, write_atomically
 from .encode import Segmenter
 

@@ -9,6 +9,7 @@ __all__ = ['OUTER', 'reread_literal', 'pixel_weights', 'attend_words', 'reread',
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from ..vision import spatial_code
 
 # %% ../../nbs/step/01_coembedding.ipynb #46b4ff2e

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

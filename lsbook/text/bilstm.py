@@ -12,10 +12,12 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
 from .words import Report, TextEncoder, check_texts, some, split_words, word_mask
 
 # %% ../../nbs/text/02_bilstm.ipynb #93ce0071

@@ -14,8 +14,10 @@ from functools import lru_cache
 from itertools import chain, count
 from pathlib import Path
 from weakref import WeakKeyDictionary
+
 import torch
 from torch import nn
+
 from ..files import load_tensors, named, read_tensors
 from .words import Report, TextEncoder, WordVectors, check_texts, word_mask
 

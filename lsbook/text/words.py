@@ -12,6 +12,7 @@ import unicodedata
 import warnings
 from dataclasses import dataclass, field
 from itertools import chain
+
 import numpy as np
 import torch
 from torch import nn

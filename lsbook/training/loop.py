@@ -14,7 +14,9 @@ import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
 from torch import nn
+
 from ..segmenter import Segmenter, save_weights
 from .recipes import Recipe
 from .trainer import BookTrainer, arguments, beginning, newest_checkpoint, say

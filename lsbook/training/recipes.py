@@ -13,6 +13,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Callable
+
 import numpy as np
 import torch
 from torch import nn

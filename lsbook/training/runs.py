@@ -17,7 +17,9 @@ import platform
 import re
 import time
 from pathlib import Path
+
 import torch
+
 from .. import metrics, scenes, segmenter
 from ..files import write_atomically
 from .loop import Fit, fit

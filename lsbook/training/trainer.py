@@ -16,12 +16,14 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import is_in_notebook
+
 from .. import metrics
 from ..files import write_atomically
 from .recipes import Batches, Recipe, optimizer, rows_a_pass, schedule, seeded

@@ -9,14 +9,16 @@ __all__ = ['DETECTOR', 'LEAK', 'split_windows', 'join_windows', 'relative_table'
 
 # %% ../../nbs/vglaw/02_backbone.ipynb #af90870c
 import warnings
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, build_sincos2d_pos_embed
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
+
 from ..files import load_tensors, named, read_tensors
-from .language_weights import adaptive_qkv
 from ..vision import Normalise, SmallPyramid
+from .language_weights import adaptive_qkv
 
 # %% ../../nbs/vglaw/02_backbone.ipynb #fb5cda29
 def split_windows(
