@@ -1108,7 +1108,7 @@ ROOMS = {
         ("baddbmm_(x @ Q, (P @ Phi).mT)", "baddbmm_(x @ Q, (P @ Phi).mT, alpha=-1)"),
         ("F.linear(x, weight, bias)", "F.linear(x, weight)"),
     ]),
-    "vglaw.backbone": Room("vglaw.backbone", ["tests/test_vglaw.py -k window or folded or detectron or timm or checkpoint or stems"], [
+    "vglaw.backbone": Room("vglaw.backbone", ["tests/test_vglaw.py -k window or folded or detectron or timm or checkpoint or stems or drop_path"], [
         ("x = x.view(n, h // side, side, w // side, side, c)\n", "x = x.view(n, side, h // side, side, w // side, c)\n"),
         ("return x.transpose(2, 3).reshape(-1, side, side, c)", "return x.reshape(-1, side, side, c)"),
         ("return x.transpose(2, 3).reshape(-1, h, w, c)", "return x.reshape(-1, h, w, c)"),

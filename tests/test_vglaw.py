@@ -309,6 +309,7 @@ def test_window_sizes_drop_path_and_order_of_weights():
     assert [b.attn.size for b in trunk.blocks] == [(4, 4), (4, 4), (8, 8)] * 2
     assert [round(b.drop_path.p, 3) for b in trunk.blocks] == [0, .04, .08, .12, .16, .2]
     assert trunk.blocks[0].mlp.fc1.out_features == 48 and trunk.blocks[0].norm1.eps == 1e-6
+    for b in trunk.blocks: nn.init.normal_(b.norm1.weight), nn.init.normal_(b.norm2.weight)     # the two differ
     image = torch.rand(2, 3, 64, 64)
     x = trunk.embed(image)
     assert torch.equal(x, trunk.patch_embed(image) + trunk.pos_embed) and trunk.patch_embed.stride * 8 == 64
@@ -319,6 +320,8 @@ def test_window_sizes_drop_path_and_order_of_weights():
         y = y + block.mlp(block.norm2(y))
     assert torch.equal(trunk(x, weights), y.permute(0, 3, 1, 2)) and isinstance(trunk.norm, nn.Identity)
     assert all((p == 0).all() for n, p in trunk.named_parameters() if "rel_pos" in n)
+    oblong = AdaptiveAttention(8, 2, (2, 3))
+    assert oblong.rel_pos_h.shape == (3, 4) and oblong.rel_pos_w.shape == (5, 4) and oblong(torch.randn(1, 2, 3, 8)).shape == (1, 2, 3, 8)
 
 def test_checkpoint_tables_take_another_size():
     ramp = torch.arange(4.).expand(4, 4).reshape(1, 16, 1)
