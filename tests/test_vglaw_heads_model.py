@@ -165,6 +165,9 @@ def test_masks_and_boxes_meet_in_the_padded_square():
     assert net.shape == (64, 64) and set(net.unique().tolist()) == {0., 1.}
     assert true_box(net.numpy() > 0) == (32, 8, 64, 24)
     assert torch.allclose(shares * 64, torch.tensor([[48., 16, 32, 16]]), atol=1e-4)
+    odd = np.zeros((40, 80), bool)
+    odd[11:29, 41:77] = True
+    assert set(network_masks([odd], frame).unique().tolist()) == {0., 1.}                # no half pixels at a rim
     tall = Frame((80, 20), (64, 16), (64, 64))
     assert torch.allclose(share_of_pixel(tall), torch.tensor([1 / 80] * 4)) and torch.allclose(share_of_pixel(Frame((10, 20), (64, 64), (64, 64))), torch.tensor([1 / 20, 1 / 10, 1 / 20, 1 / 10]))
     assert to_pixels(torch.tensor([[.5, .5, 2., 2.]]), frame).tolist() == [[0, 0, 80, 40]]
