@@ -9,6 +9,7 @@ __all__ = ['CHOICES', 'VGLAWConfig', 'small_bert', 'adaptive_vit', 'VGLAW', 'sta
 # %% ../../nbs/vglaw/04_model.ipynb #7dd35636
 import re
 from dataclasses import dataclass, field, replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from fastcore.basics import AttrDict, patch
 from PIL import ImageOps
 from torch import Tensor, nn
 from torchvision.ops import box_convert, clip_boxes_to_image
+
 from ..files import is_path, named, read_tensors
 from ..images import box_of, to_images
 from ..losses import box_loss, mask_loss
