@@ -1151,7 +1151,6 @@ ROOMS = {
         ('length, mode="linear", align_corners=False', 'length, mode="linear", align_corners=True'),
         ('        warnings.warn(LEAK)\n', ''),
         ("fit_distances(found[name], len(table)) if name in found else torch.zeros_like(table)", "torch.zeros_like(table)"),
-        ("if k.startswith(DETECTOR)}", "}"),
         ("else torch.zeros_like(table)", "else torch.ones_like(table)"),
         ('state["pos_embed"].ndim == 4', 'state["pos_embed"].ndim == 3'),
     ]),

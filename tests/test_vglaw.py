@@ -326,7 +326,7 @@ def test_window_sizes_drop_path_and_order_of_weights():
 def test_checkpoint_tables_take_another_size():
     ramp = torch.arange(4.).expand(4, 4).reshape(1, 16, 1)
     with_class = torch.cat([torch.full((1, 1, 1), 99.), ramp], 1)
-    assert torch.equal(fit_positions(with_class, 4), ramp.view(1, 4, 4, 1)) and fit_positions(with_class, 8).max() < 4
+    assert torch.equal(fit_positions(with_class, 4), ramp.view(1, 4, 4, 1)) and 3.05 < fit_positions(with_class, 8).max() < 4
     assert torch.allclose(fit_distances(torch.arange(-3., 4.)[:, None], 3)[:, 0], torch.tensor([-7 / 3, 0, 7 / 3]))
 
 def test_stems_are_what_they_say():
