@@ -65,7 +65,7 @@ def book_map(
     place = {r: (wide / 2 + (i - len(level) / 2) * 132 + 8, 8 + j * step)
              for j, level in enumerate(levels) for i, r in enumerate(level)}
     out = ['<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="14" '
-           f'text-anchor="middle" viewBox="0 0 {wide} {step * len(levels) - 24}">'
+           f'text-anchor="middle" width="640" viewBox="0 0 {wide} {step * len(levels) - 24}">'
            '<title>The map of the book</title>']
     for a, b in arrows:
         if not {a, b} <= place.keys(): continue
