@@ -1,0 +1,1 @@
+"""GroupViT (CVPR 2022): segments that emerge from captions; see the notebooks in nbs/groupvit."""
