@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .. import metrics, scenes, segmenter
+from .. import __version__, metrics, scenes, segmenter
 from ..files import write_atomically
 from .loop import Fit, fit
 from .recipes import Recipe
@@ -39,8 +39,8 @@ def new_model(
 # %% ../../nbs/training/04_runs.ipynb #b2d5f010
 def versions() -> dict:  # name -> version
     "What made a set of weights: Python, the packages that compute, the device and how many processes."
-    out = dict(python=platform.python_version())
-    for name in ("lsbook", "torch", "torchvision", "transformers", "accelerate"):
+    out = dict(python=platform.python_version(), lsbook=__version__)
+    for name in ("torch", "torchvision", "transformers", "accelerate"):
         try: out[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: pass
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
