@@ -333,7 +333,7 @@ def consistency_loss(
 @patch
 def collate(self: GroupViT,
     rows: list,             # caption rows: image, caption, perhaps nouns
-) -> dict:                  # images (B, 3, S, S); for captions texts, prompts; for nouns texts and present (B, N)
+) -> dict:                  # images (B, 3, S, S); for captions texts, prompts and what these are about; for nouns a list each
     "Caption rows as a batch, in training mode each flipped half the time. No column but these is looked at."
     from torchvision.transforms import v2
     c, S = self.config, self.config.image_size
@@ -347,14 +347,14 @@ def collate(self: GroupViT,
     nouns = [r["nouns"] if r.get("nouns") is not None else nouns_of(r["caption"]) for r in rows]
     captions = [r["caption"] for r in rows]
     if c.loss == "captions":
-        prompts = self.noun_prompts(captions, nouns) if c.multi_label else None
-        return dict(images=images, texts=captions, prompts=prompts)
-    texts = everyones({n for ns in nouns for n in ns})
-    return dict(images=images, texts=texts, present=torch.tensor([[t in ns for t in texts] for ns in nouns]))
+        prompts, about = self.noun_prompts(captions, nouns) if c.multi_label else (None, None)
+        return dict(images=images, texts=captions, prompts=prompts, about=about)
+    return dict(images=images, nouns=nouns)
 
 @patch
-def forward(self: GroupViT, images: Tensor, texts: list, prompts: list = None, present: Tensor = None) -> AttrDict:
-    "The loss of a batch of images with captions and prompts, or with the nouns that are `present`"
+def forward(self: GroupViT, images: Tensor, texts: list = None, prompts: list = None, about: list = None,
+            nouns: list = None) -> AttrDict:
+    "The loss of a batch of images with captions and prompts, or with a list of nouns each"
     c = self.config
     def parts(images):
         x = self.image(images)
@@ -366,8 +366,10 @@ def forward(self: GroupViT, images: Tensor, texts: list, prompts: list = None, p
         if prompts:
             scale = clamped_scale(self.log_scale_nouns)
             loss = loss + c.multi_label * image_text_loss(image, self.text(prompts), scale,
-                                                          text_ids(prompts, image.device))
+                                                          text_ids(about, image.device))
         return AttrDict(loss=loss, logits=image, soft=soft)
+    texts = everyones({n for ns in nouns for n in ns})
+    present = torch.tensor([[t in ns for t in texts] for ns in nouns], device=images.device)
     text = F.normalize(self.text(texts), dim=-1)
     against = lambda x: self.scale * self.unit(x) @ text.T
     logits = against(x)
