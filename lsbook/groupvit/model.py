@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEMS', 'GroupViTConfig', 'PatchStem', 'ConvStem', 'Stage', 'Segments', 'ImageEncoder', 'ClipTower', 'WordTable',
-           'projector', 'Rows', 'TextSide', 'GroupViT', 'compose', 'solved', 'consistency_loss']
+           'projector', 'Rows', 'TextSide', 'GroupViT', 'compose', 'solved', 'neighbours', 'smoothed',
+           'consistency_loss']
 
 # %% ../../nbs/groupvit/03_model.ipynb #345828a5
 import math
@@ -38,7 +39,7 @@ from ..text.pretrained import byte_pairs, clip_tokenizer
 from ..text.words import WordVectors, split_words
 from ..vision import Normalise, conv_block, resize_positions
 
-# %% ../../nbs/groupvit/03_model.ipynb #445f9500
+# %% ../../nbs/groupvit/03_model.ipynb #2b1f6ced
 @dataclass
 class GroupViTConfig:
     """What a GroupViT is made of. The defaults are the paper's two-stage model; fields marked *deviation* are
@@ -74,6 +75,8 @@ class GroupViTConfig:
     template: str = "imagenet"          # of the prompts in training
     ask: str = "photo"                  # of the labels in `segment`
     consistency: float = 0.             # deviation: weight of `consistency_loss`
+    token_consistency: float = 0.       # weight of the single tokens in it
+    like_colours: bool = False          # votes in it are averaged over neighbours of like colour
     auxiliary: float = 0.               # deviation: weight of the same loss on the segments of the first stage
     short_side: int = 448               # images are resized to this when they are segmented
     cached: int = None                  # images encoded at a time in training, without keeping activations
@@ -104,7 +107,7 @@ class ConvStem(nn.Module):
 
 STEMS = {"patch": PatchStem, "conv": ConvStem}
 
-# %% ../../nbs/groupvit/03_model.ipynb #a8c86d3a
+# %% ../../nbs/groupvit/03_model.ipynb #d09c649c
 class Stage(nn.Module):
     """Blocks in which tokens and group tokens read each other; then tokens are merged into groups. A stage
     with `group_tokens` 0 has only blocks."""
@@ -117,8 +120,8 @@ class Stage(nn.Module):
         if not n: return
         self.grouping = GroupingBlock(c.dim, c.heads, n, c.groups[i], c.mlp_ratio, c.assign, c.scores, c.eps,
                                       c.mixer, c.pre_assign, c.residual)
-        self.tokens = nn.Parameter(torch.zeros(1, n, c.dim) if before else
-                                   torch.randn(1, n, c.dim) * (c.init or 1))
+        std = 0. if before and c.init else c.init or 1.         # where some are carried on, these start at zero
+        self.tokens = nn.Parameter(torch.randn(1, n, c.dim) * std)
         if before: self.carry = nn.Sequential(nn.LayerNorm(c.dim), TokenMixer(before, n, c.dim // 2))
 
     def forward(self, x: Tensor, before: Tensor = None) -> tuple:  # (B, N, C) tokens, group tokens, `Grouped`
@@ -306,7 +309,7 @@ def label_map(self: GroupViT,
     maps = self.to_image_size(maps, encoded)                                # (G, H, W)
     return (labels.T @ maps.flatten(1)).argmax(0).view(maps.shape[1:])
 
-# %% ../../nbs/groupvit/03_model.ipynb #55febeac
+# %% ../../nbs/groupvit/03_model.ipynb #1d332d0b
 def solved(logits: Tensor, present: Tensor) -> Tensor:     # (B, G, N), (B, N) bool -> (B,) in (0, 1)
     "How sure an image is of its caption's nouns: exp(-cross-entropy), each noun against those that are absent"
     s = logits.logsumexp(1)
@@ -314,22 +317,40 @@ def solved(logits: Tensor, present: Tensor) -> Tensor:     # (B, G, N), (B, N) b
     terms = torch.where(present, F.softplus(wrong - s), 0).sum(1) / present.sum(1).clamp(min=1)
     return (-terms).exp() * present.any(1)
 
+def neighbours(images: Tensor, grid: tuple, sigma: float = .1) -> Tensor:   # (B, 25, h, w), summing to 1
+    "How alike in colour each cell and the 24 around it are"
+    c = F.adaptive_avg_pool2d(images, grid)
+    around = F.unfold(F.pad(c, (2, 2, 2, 2), mode="replicate"), 5).unflatten(1, (3, 25)).unflatten(-1, grid)
+    return (-((around - c[:, :, None]) ** 2).sum(1) / (2 * sigma ** 2)).softmax(1)
+
+def smoothed(vote: Tensor, near: Tensor, rounds: int = 3) -> Tensor:          # (B, N, K) -> (B, N, K)
+    "Each cell takes the mean of its neighbours' votes, weighted by how alike they are"
+    x = vote.transpose(1, 2).unflatten(-1, near.shape[-2:])
+    for _ in range(rounds):
+        around = F.unfold(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5).unflatten(1, (x.shape[1], 25))
+        x = (around.unflatten(-1, near.shape[-2:]) * near[:, None]).sum(2)
+    return x.flatten(2).transpose(1, 2)
+
 @in_float32
 def consistency_loss(
     logits: Tensor,         # (B, G, K) scaled cosines of segments and nouns
     assigned: Tensor,       # (B, G, N) which segment each token joined
     votes: Tensor,          # (B, N, K) scaled cosines of each single token and the nouns, without gradient
     present: Tensor,        # (B, K) bool: the nouns of the caption
+    tokens: float = 0.,     # weight of the single tokens' own agreement with their votes
+    near: Tensor = None,    # from `neighbours`: votes are first averaged over neighbours of like colour
 ) -> Tensor:
     """Every token votes for a noun *of the caption*; what its groups say should agree. Cross-entropy, weighted by
     how far the image's nouns are `solved`. Ours, not in GroupViT: a group that holds what no noun asks for costs
     nothing in a contrastive loss."""
-    vote = votes.masked_fill(~present[:, None], -1e4).softmax(-1)
+    vote = votes.detach().masked_fill(~present[:, None], -1e4).softmax(-1)
+    if near is not None: vote = smoothed(vote, near)
     said = assigned.transpose(1, 2) @ logits.softmax(-1)
     each = -(vote * said.clamp(min=1e-6).log()).sum(-1).mean(-1)
+    if tokens: each = each - tokens * (vote * votes.log_softmax(-1)).sum(-1).mean(-1)
     return (solved(logits, present).detach() * each).mean()
 
-# %% ../../nbs/groupvit/03_model.ipynb #69867d3c
+# %% ../../nbs/groupvit/03_model.ipynb #e43b92a9
 @patch
 def collate(self: GroupViT,
     rows: list,             # caption rows: image, caption, perhaps nouns
@@ -376,6 +397,10 @@ def forward(self: GroupViT, images: Tensor, texts: list = None, prompts: list = 
     loss = noun_loss(logits, present)
     if c.auxiliary: loss = loss + c.auxiliary * noun_loss(against(first), present)
     if c.consistency and soft:
-        with torch.no_grad(): votes = against(self.image.alone(tokens))
-        loss = loss + c.consistency * consistency_loss(logits, compose(soft), votes, present)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and c.token_consistency > 0):
+            votes = against(self.image.alone(tokens))
+        size = tuple(s // self.stride for s in images.shape[-2:])
+        near = neighbours(images, size) if c.like_colours else None
+        loss = loss + c.consistency * consistency_loss(logits, compose(soft), votes, present,
+                                                       c.token_consistency, near)
     return AttrDict(loss=loss, logits=logits, soft=soft)
