@@ -224,7 +224,7 @@ VARIANTS = {  # what each changes in the config of the scenes recipe
 # %% ../../nbs/vglaw/05_train.ipynb #65164e86
 def claims(
     path,                  # JSON file of finished runs; those already in it are not run again
-    steps: int = 200,      # of each training
+    steps: int = 400,      # of each training
     seeds=(0, 1, 2),
     variants=tuple(VARIANTS),
     trunk: str = "vglaw-trunk", # or a trunk.safetensors of `pretrain`: every variant starts from the same
