@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..files import inside, named, read_json, read_text
 from ..images import orientation, png
-from .pixels import _IMAGES, _by_stem, _columns, _file, _folder, _rows_from, segmentation_mask
+from .pixels import _IMAGES, ImageFile, _by_stem, _file, _folder, _rows_from, drawn_on, segmentation_mask
 from .referring import _map, _records
 from .rows import features, label_names, with_names
 
@@ -32,7 +32,7 @@ def index_maps(
     first: int = 0, # the value of the first name (ADE20K: 1, with ignore=0)
     prefixes: tuple = None, # keep only files whose names begin with one of these
 ) -> Dataset: # semantic rows, in the order of the file names
-    "Photographs with index images beside them: CamVid, ADE20K, COCO-Stuff. Nothing is read before a row is."
+    "Photographs with index images beside them: CamVid, ADE20K, COCO-Stuff. Pixels are read when a row is."
     with named("images"): photos = _by_stem(images)
     with named("labels"): maps = _by_stem(labels)
     if not 0 < len(names) <= 255: raise ValueError(f"names: got {len(names)}; wanted 1 to 255")
@@ -46,9 +46,9 @@ def index_maps(
         raise ValueError(f"images: got no photograph for {len(alone)} of {len(stems)} label maps {alone[:3]}")
     if len(photos) > len(maps):
         warnings.warn(f"labels: left out {len(photos) - len(maps)} of {len(photos)} photographs without map")
-    rows = {"image": [str(photos[s]) for s in stems], "label_map": [str(maps[s]) for s in stems]}
-    columns = _columns("semantic", labels=len(names), first=first, ignore=ignore)
-    return with_names(_rows_from(columns, rows), names)
+    rows = {"image": [str(photos[s]) for s in stems], "label_map": [drawn_on(photos[s], maps[s]) for s in stems]}
+    column = ImageFile(kind="index", names=list(names), first=first, ignore=ignore)
+    return with_names(_rows_from(features("semantic") | {"label_map": column}, rows), names)
 
 # %% ../../nbs/data/04_label_maps.ipynb #92a7620d
 def camvid(
@@ -86,7 +86,8 @@ def voc(
         if not stems: raise ValueError(f"got no label maps for {split!r} in {root}; wanted one at least")
         rows = {"image": [inside(photos, s + ".jpg") for s in stems],
                 "label_map": [inside(maps, s + ".png") for s in stems]}
-    return with_names(_rows_from(_columns("semantic", labels=len(VOC_NAMES)), rows), VOC_NAMES)
+    rows["label_map"] = list(map(drawn_on, rows["image"], rows["label_map"]))
+    return with_names(_rows_from(features("semantic"), rows), VOC_NAMES)
 
 # %% ../../nbs/data/04_label_maps.ipynb #e0688f8a
 def tag_rows(
@@ -157,7 +158,7 @@ def coco_polygons(
             width, height = photo.size[::-1] if orientation(photo) > 4 else photo.size
             label_map = draw_outlines(read_text(f), height, width, len(names))
         rows["label_map"].append({"path": None, "bytes": png(label_map)})
-    return with_names(_rows_from(_columns("semantic"), rows), ["background", *names])
+    return with_names(_rows_from(features("semantic"), rows), ["background", *names])
 
 # %% ../../nbs/data/04_label_maps.ipynb #20a1c0de
 def fold_classes(
@@ -227,5 +228,5 @@ def captions(
             raise ValueError(f"path: got {str(path)!r}; wanted a file, a folder or a pattern of shards")
     if shards: return _shards(shards, streaming)
     tables = [t for t in (found / "metadata.jsonl", found / "metadata.csv") if t.is_file()]
-    with named("path"): ds = _rows_from(_columns("caption"), _pairs((tables or [found])[0]))
+    with named("path"): ds = _rows_from(features("caption"), _pairs((tables or [found])[0]))
     return ds.to_iterable_dataset(num_shards=min(64, len(ds))) if streaming else ds

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..files import inside, named, read_json, read_pickle, read_text
 from ..images import orientation, png, upright, upright_box
-from .pixels import _columns, _file, _folder, _rows_from, annotation_turn, segmentation_mask
+from .pixels import _file, _folder, _rows_from, annotation_turn, drawn_on, segmentation_mask
 from .rows import features
 
 # %% ../../nbs/data/03_referring.ipynb #5b9f48d4
@@ -95,12 +95,12 @@ def refer(
             texts = [t["sent"] if t["sent"].strip() else t.get("raw", "") for t in r["sentences"]]
             yield photo, texts, shapes[r["ann_id"]], info
 
-    return _rows_from(_columns("referring"), _referring(objects(), "instances.json"))
+    return _rows_from(features("referring"), _referring(objects(), "instances.json"))
 
 # %% ../../nbs/data/03_referring.ipynb #0abb5c7a
 def _map(ds, function, task, streaming, **kwargs):
     "`ds.map` into rows of `task`; a stream decodes its pictures only after a cast."
-    columns, kwargs = Features(_columns(task)), kwargs | {"remove_columns": ds.column_names}
+    columns, kwargs = features(task), kwargs | {"remove_columns": ds.column_names}
     if streaming: return ds.map(function, **kwargs).cast(columns)
     return ds.map(function, features=columns, **kwargs)
 
@@ -186,7 +186,7 @@ def box_expressions(
         if photo:
             with Image.open(photo) as im: box = upright_box(box, im.size, orientation(im))
         for c, v in zip(rows, (photo, r["expression"], box, r["image"])): rows[c].append(v)
-    return _rows_from(_columns("referring") | {"file_name": Value("string")}, rows)
+    return _rows_from(features("referring") | {"file_name": Value("string")}, rows)
 
 # %% ../../nbs/data/03_referring.ipynb #9e37788c
 def fss1000(
@@ -205,13 +205,15 @@ def fss1000(
         photos = sorted((root / c).glob("*.jpg"), key=lambda f: (len(f.stem), f.stem))
         if not photos: raise ValueError(f"root: got no .jpg files in {root / c}; wanted photographs")
         for f in photos:
-            with named(f"root: {f.name}"): mask = inside(root / c, f.stem + ".png")
-            with Image.open(f) as photo, Image.open(mask) as drawn:
+            with named(f"root: {f.name}"): mask = drawn_on(f, inside(root / c, f.stem + ".png"))
+            stored = mask if isinstance(mask, str) else io.BytesIO(mask["bytes"])
+            with Image.open(f) as photo, Image.open(stored) as drawn:
                 size = photo.size[::-1] if orientation(photo) > 4 else photo.size
-                if upright(drawn).size != size:
-                    resized.append(f"{c}/{f.stem}.png")
-                    mask = {"path": None, "bytes": png(upright(drawn).resize(size, Image.Resampling.NEAREST))}
+                drawn, name = upright(drawn), f"{c}/{f.stem}.png"
+                if drawn.size != size:
+                    resized.append(name)
+                    mask = {"path": name, "bytes": png(drawn.resize(size, Image.Resampling.NEAREST))}
             for k, v in zip(rows, (str(f.absolute()), c.replace("_", " "), mask)): rows[k].append(v)
     if resized:
         warnings.warn(f"root: {len(resized)} masks were resized to their photograph's size: {resized[:3]}")
-    return _rows_from(_columns("referring"), rows)
+    return _rows_from(features("referring"), rows)

@@ -10,11 +10,16 @@ import json
 import re
 import warnings
 from copy import copy
+from dataclasses import replace
 
 import datasets
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value
 from PIL import Image
+
+from .pixels import ImageFile
+from ..files import named
+from ..images import to_image
 
 # %% ../../nbs/data/01_rows.ipynb #4cdc1ec1
 def features(
@@ -22,11 +27,11 @@ def features(
 ) -> Features: # column names and types of the task's rows
     """The columns of a task's rows: `image` RGB; `mask` (mode L, 0 or 255) and `label_map` (mode L or P,
     255 = ignore) of the image's size; `box` xyxy in pixels. `ValueError` for any other task."""
-    image, text = datasets.Image(mode="RGB"), Value("string")
+    image, text = ImageFile(), Value("string")
     schemas = {
-        "referring": {"image": image, "expression": text, "mask": datasets.Image(mode="L"),
+        "referring": {"image": image, "expression": text, "mask": ImageFile(kind="mask"),
                       "box": Sequence(Value("float32"), length=4)},
-        "semantic": {"image": image, "label_map": datasets.Image()},
+        "semantic": {"image": image, "label_map": ImageFile(kind="index")},
         "caption": {"image": image, "caption": text},
         "tags": {"image": image, "tags": Sequence(text)},
     }
@@ -37,13 +42,16 @@ def features(
 def with_names(
     ds: datasets.Dataset, # rows (or an `IterableDataset`)
     names: list, # label names in the order of their numbers, or the vocabulary of the tags
-) -> Dataset: # the same rows, with the names in `info.description`
-    "The rows with their names attached; select, shuffle, map and split carry them along."
+) -> Dataset: # the same rows, with the names in the type of `label_map`, and in `info.description`
+    "The rows with their names attached: every operation of `datasets` carries them along, or is refused."
     names = names if isinstance(names, str) else list(names)
-    wrong = [n for n in names if not isinstance(n, str) or not n.strip() or names.count(n) > 1]
+    wrong = [n for n in names if not isinstance(n, str) or not n.strip()]
     if isinstance(names, str) or not names or wrong:
-        raise ValueError(f"names: got {(wrong or [names])[0]!r}; "
-                         "wanted a list of non-blank names, each of them once")
+        raise ValueError(f"names: got {(wrong or [names])[0]!r}; wanted a list of non-blank names")
+    column = (ds.features or {}).get("label_map")
+    if isinstance(column, datasets.Image):
+        column = column if hasattr(column, "names") else ImageFile(kind="index")
+        ds = ds.cast_column("label_map", replace(column, names=names))
     ds = copy(ds)
     ds._info = ds._info.copy()
     ds._info.description = json.dumps({"names": names})
@@ -54,38 +62,52 @@ def label_names(
     ds: datasets.Dataset, # rows made by `with_names`, or anything derived from them
 ) -> list: # the names in the order of their numbers
     "The names that travel with the rows; `ValueError` where there are none."
-    text = ds.info.description or ""
-    try: return list(json.loads(text)["names"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"ds: got {text[:60]!r} as info.description, which holds no single list of names; "
+    column = (ds.features or {}).get("label_map")
+    try: return list(column.names if column is not None else json.loads(ds.info.description)["names"])
+    except (AttributeError, ValueError, KeyError, TypeError):
+        got = ds.info.description if column is None else f"label_map as {column}"
+        raise ValueError(f"ds: got {got!r:.90}, which holds no single list of names; "
                          "wanted rows that went through with_names(ds, names)") from None
 
 # %% ../../nbs/data/01_rows.ipynb #d1157b6c
+def _values(a): return np.flatnonzero(np.bincount(a.ravel())) if a.dtype == np.uint8 else np.unique(a)
+
+def _map_faults(c, drawn, size, names):
+    "What is wrong with one mask (c = \"mask\") or label map of an image of that size, (width, height)."
+    a, file = np.asarray(drawn), getattr(drawn, "info", {}).get("file")
+    what = f"{c} {file}" if file else c
+    if a.ndim != 2:
+        yield f"{what}: got {getattr(drawn, 'mode', a.shape)}; wanted an index image (mode L or P), (H, W)"
+        return
+    if size and a.shape[::-1] != size: yield f"{what}: got {a.shape[::-1]}, wanted the image's size {size}"
+    values = _values(a)
+    if c == "mask":
+        soft = [v.item() for v in values if v not in (0, 1 if a.max() < 2 else 255)]
+        if soft: yield f"{what}: got the value {soft[0]}; wanted 0 and 255"
+        elif not values.any(): yield f"{what}: got an empty mask; wanted at least one pixel that is on"
+    elif bad := [v.item() for v in values if not (0 <= v < len(names) or v == 255)]:
+        yield f"{what}: got {bad[0]}, which has no name; wanted 0..{len(names) - 1}, or 255 (ignore)"
+
 def row_faults(
-    row: dict, # one row
+    row: dict, # one row; `expression`, `mask` and `box` may be lists of as many
     task: str, # the schema it should follow
     names: list = (), # semantic and tags: the names of the rows
 ): # texts such as "box: got ...; wanted ...", none where the row is right
     "What is wrong with the values of one row. An image that came from a file is called by the file's name."
-    def called(c): return f"{c} {row[c].info['file']}" if "file" in row[c].info else c
-    images = [c for c in ("mask", "label_map") if c in features(task) and row.get(c) is not None]
-    for c in images:
-        values = np.unique(np.asarray(row[c]))
-        if row["image"] is not None and row[c].size != row["image"].size:
-            yield f"{called(c)}: got {row[c].size}, wanted the image's size {row['image'].size}"
-        if c == "mask" and not set(values) <= {0, 255}:
-            yield f"{called(c)}: got {values[:5]}; wanted 0 and 255"
-        if c == "label_map" and np.asarray(row[c]).ndim != 2:
-            yield f"{called(c)}: got mode {row[c].mode}; wanted an index image (mode L or P)"
-        elif c == "label_map" and (bad := [int(v) for v in values if len(names) <= v != 255]):
-            yield f"{called(c)}: got {bad[0]}, which has no name; wanted 0..{len(names) - 1}, or 255 (ignore)"
+    many = lambda x: x if isinstance(x, (list, tuple)) else [] if x is None else [x]
+    size = None if row.get("image") is None else to_image(row["image"]).size
+    kinds = {"referring": ("mask", "label_map") if names else ("mask",), "semantic": ("label_map",)}
+    for c in kinds.get(task, ()):
+        for drawn in many(row.get(c)): yield from _map_faults(c, drawn, size, names)
+    if task == "semantic" and row.get("label_map") is None: yield "label_map: got None; wanted an index image"
     if task == "referring":
-        box = row.get("box")
-        if box is None and not images: yield "row: got neither mask nor box; wanted one of them"
-        if box is not None and not (box[2] > box[0] and box[3] > box[1]):
-            yield f"box: got {box}; wanted x0 < x1 and y0 < y1 in pixels"
+        mask, box = row.get("mask"), row.get("box")
+        if mask is None and box is None: yield "row: got neither mask nor box; wanted one of them"
+        for b in [] if box is None else np.reshape(box, (-1, 4)).tolist():
+            if not (b[2] > b[0] and b[3] > b[1]): yield f"box: got {b}; wanted x0 < x1 and y0 < y1 in pixels"
     for c in ("expression", "caption"):
-        if c in features(task) and not row[c].strip(): yield f"{c}: got {row[c]!r}; wanted words"
+        for text in many(row.get(c, "")) if c in features(task) else ():
+            if not text.strip(): yield f"{c}: got {text!r}; wanted words"
     if task == "tags" and (bad := [t for t in row["tags"] if t not in names]):
         yield f"tags: got {bad[0]!r}; wanted some of the {len(names)} names"
 
@@ -96,26 +118,40 @@ def _kind(feature):
     if isinstance(feature, Value): return re.sub(r"^large_|\d+$", "", feature.dtype)
     return [_kind(feature.feature)] if hasattr(feature, "feature") else str(feature)
 
-def check_rows(
-    ds: datasets.Dataset, # rows (or an `IterableDataset`)
-    task: str, # the schema they should follow
-) -> Dataset: # the rows themselves, unchanged
-    """Return the rows, or say what is wrong with columns, types, names or the first row (`ValueError`).
-
-    A referring row may lack `mask` or `box`, as long as it has one of the two; extra columns are welcome."""
-    want, have, columns = features(task), ds.features or {}, set(ds.column_names or [])
+def _columns(ds, task):
+    "Whether the columns are those of a task, in name and type; `ValueError` where they are not."
+    first = {} if hasattr(ds, "column_names") else next(iter(ds), {})
+    want, have, columns = features(task), getattr(ds, "features", None) or {}, set(getattr(ds, "column_names", first) or next(iter(ds), {}))
     free = {"mask", "box"} if task == "referring" and {"mask", "box"} & columns else set()
     lacking = [c for c in want if c not in columns | free]
     if lacking: raise ValueError(f"ds: got no column {lacking[0]!r} among {sorted(columns)}; "
                                  f"wanted the columns of {task} rows, {', '.join(want)}")
     for c in [c for c in want if c in have and _kind(have[c]) != _kind(want[c])]:
         raise ValueError(f"ds: got column {c!r} as {have[c]}; wanted {want[c]}")
-    names = label_names(ds) if task in ("semantic", "tags") else []
-    row = next(iter(ds), None)
-    if row is None: raise ValueError("ds: got no rows; wanted at least one")
-    for fault in row_faults(row, task, names): raise ValueError(f"ds[0]: {fault}")
-    if task == "semantic" and len(names) == 2 and set(np.unique(np.asarray(row["label_map"]))) == {0, 255}:
-        warnings.warn(f"ds[0]: got a label map of 0 and 255 only, as a mask file has; 255 means 'ignore', "
+
+def check_rows(
+    ds: datasets.Dataset, # rows: also an `IterableDataset`, a list of dicts, or anything with len() and an index
+    task: str, # the schema they should follow
+    names: list = None, # semantic and tags: the names of the rows; None: those that travel with them
+    most: int = 1000, # rows looked at: all, or so many evenly spread
+) -> Dataset: # the rows themselves, unchanged
+    """Return the rows, or say what is wrong with columns, types, names or values (`ValueError`).
+
+    A referring row may lack `mask` or `box`, as long as it has one of the two; extra columns are welcome."""
+    _columns(ds, task)
+    names = names or (label_names(ds) if task in ("semantic", "tags") else [])
+    sized = hasattr(ds, "__len__") and hasattr(ds, "__getitem__")
+    where = np.unique(np.linspace(0, len(ds) - 1, min(len(ds), most)).round().astype(int)) if sized else [0]
+    seen = set()
+    for i in where:
+        with named(f"ds[{i}]"):
+            row = ds[int(i)] if sized else next(iter(ds), None)
+            for fault in row_faults(row, task, names): raise ValueError(fault)
+        if task == "semantic": seen |= set(_values(np.asarray(row["label_map"])).tolist())
+    if not len(where): raise ValueError("ds: got no rows; wanted at least one")
+    if seen == {255}: raise ValueError("ds: got label maps of 255 (ignore) alone; wanted some pixels with a name")
+    if len(names) == 2 and seen == {0, 255}:
+        warnings.warn(f"ds: got label maps of 0 and 255 only, as mask files have; 255 means 'ignore', "
                       f"the number of {names[1]!r} is 1")
     return ds
 
@@ -133,6 +169,6 @@ def only(
     if unknown:
         raise ValueError(f"names: got {unknown[0]!r}; wanted labels of these rows: {', '.join(there)}")
     table = [names.index(n) if n in names else 255 for n in there] + [255] * (256 - len(there))
-    columns = Features({**ds.features, "label_map": datasets.Image()})
+    columns = Features({**ds.features, "label_map": ImageFile(kind="index", names=list(names))})
     ds = ds.map(_renumbered, input_columns="label_map", features=columns, fn_kwargs={"table": table})
     return with_names(ds, names)
