@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['STEMS', 'GroupViTConfig', 'PatchStem', 'ConvStem', 'Stage', 'Segments', 'ImageEncoder', 'ClipTower', 'WordTable',
            'projector', 'Rows', 'TextSide', 'GroupViT', 'compose', 'solved', 'neighbours', 'smoothed',
-           'consistency_loss']
+           'consistency_loss', 'augmentation']
 
-# %% ../../nbs/groupvit/03_model.ipynb #345828a5
+# %% ../../nbs/groupvit/03_model.ipynb #bca4a741
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import AttrDict, patch
+from timm.data import create_transform
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import resize
 
 from lsbook.groupvit.contrastive import (
     NounPrompts,
@@ -39,7 +42,7 @@ from ..text.pretrained import byte_pairs, clip_tokenizer
 from ..text.words import WordVectors, split_words
 from ..vision import Normalise, conv_block, resize_positions
 
-# %% ../../nbs/groupvit/03_model.ipynb #2b1f6ced
+# %% ../../nbs/groupvit/03_model.ipynb #81275ffd
 @dataclass
 class GroupViTConfig:
     """What a GroupViT is made of. The defaults are the paper's two-stage model; fields marked *deviation* are
@@ -72,6 +75,7 @@ class GroupViTConfig:
     loss: str = "captions"              # or, a deviation, "nouns": `noun_loss` over every segment
     multi_label: float = 1.             # weight of the nouns beside the captions
     prompts: int = 3                    # nouns of a caption in a batch
+    augment: bool = True                # DeiT's augmentation; deviation: flips alone
     template: str = "imagenet"          # of the prompts in training
     ask: str = "photo"                  # of the labels in `segment`
     consistency: float = 0.             # deviation: weight of `consistency_loss`
@@ -350,32 +354,47 @@ def consistency_loss(
     if tokens: each = each - tokens * (vote * votes.log_softmax(-1)).sum(-1).mean(-1)
     return (solved(logits, present).detach() * each).mean()
 
-# %% ../../nbs/groupvit/03_model.ipynb #e43b92a9
+# %% ../../nbs/groupvit/03_model.ipynb #2c1d8f45
+@cache
+def augmentation(size: int):
+    "DeiT's, from timm, as in GroupViT's code: random crop and flip, RandAugment, random erasing; -> [0, 1]"
+    return create_transform(size, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bilinear",
+                            re_prob=.25, re_mode="pixel", mean=(0, 0, 0), std=(1, 1, 1))
+
+# %% ../../nbs/groupvit/03_model.ipynb #e39b684e
 @patch
 def collate(self: GroupViT,
     rows: list,             # caption rows: image, caption, perhaps nouns
-) -> dict:                  # images (B, 3, S, S); for captions texts, prompts and what these are about; for nouns a list each
+) -> dict:                  # images (B, 3, S, S); for captions texts, prompts; for nouns texts and present (B, N)
     "Caption rows as a batch, in training mode each flipped half the time. No column but these is looked at."
-    from torchvision.transforms import v2
-    c, S = self.config, self.config.image_size
-    images = [torch.from_numpy(np.array(im)).permute(2, 0, 1) for im in to_images([r["image"] for r in rows])[0]]
-    if c.stem == "patch" and self.training: crop = v2.RandomResizedCrop(S, antialias=True)
-    else: crop = v2.Resize((S, S), antialias=True)
-    images = torch.stack([crop(x) for x in images]).float() / 255
-    if self.training:
-        flip = torch.rand(len(images)) < .5
-        images[flip] = images[flip].flip(-1)
+    c, images = self.config, to_images([row["image"] for row in rows])[0]
+    if c.augment and self.training: images = torch.stack([*map(augmentation(c.image_size), images)])
+    else:
+        size = (c.image_size,) * 2
+        images = [torch.from_numpy(np.array(im)).permute(2, 0, 1) for im in images]
+        if len({x.shape for x in images}) == 1: images = resize(torch.stack(images), size)      # faster together
+        else: images = torch.stack([resize(x, size) for x in images])
+        images = images.float() / 255
+        if self.training:
+            flip = torch.rand(len(images)) < .5
+            images[flip] = images[flip].flip(-1)
     nouns = [r["nouns"] if r.get("nouns") is not None else nouns_of(r["caption"]) for r in rows]
     captions = [r["caption"] for r in rows]
     if c.loss == "captions":
         prompts, about = self.noun_prompts(captions, nouns) if c.multi_label else (None, None)
         return dict(images=images, texts=captions, prompts=prompts, about=about)
-    return dict(images=images, nouns=nouns)
+    texts = everyones({n for ns in nouns for n in ns})
+    return dict(images=images, texts=texts, present=torch.tensor([[t in ns for t in texts] for ns in nouns]))
 
 @patch
-def forward(self: GroupViT, images: Tensor, texts: list = None, prompts: list = None, about: list = None,
-            nouns: list = None) -> AttrDict:
-    "The loss of a batch of images with captions and prompts, or with a list of nouns each"
+def forward(self: GroupViT,
+    images: Tensor,             # (B, 3, S, S) in [0, 1]
+    texts: list,                # B captions, or N nouns
+    prompts: list = None,       # B * K prompts, K for each image
+    about: list = None,         # the noun in each of them
+    present: Tensor = None,     # (B, N) bool: which nouns are in the caption of each image
+) -> AttrDict:                  # loss, logits, and soft, the maps of each stage
+    "The loss of images with captions and prompted nouns, or with nouns alone; `config.loss` says which."
     c = self.config
     def parts(images):
         x = self.image(images)
@@ -389,8 +408,6 @@ def forward(self: GroupViT, images: Tensor, texts: list = None, prompts: list = 
             loss = loss + c.multi_label * image_text_loss(image, self.text(prompts), scale,
                                                           text_ids(about, image.device))
         return AttrDict(loss=loss, logits=image, soft=soft)
-    texts = everyones({n for ns in nouns for n in ns})
-    present = torch.tensor([[t in ns for t in texts] for ns in nouns], device=images.device)
     text = F.normalize(self.text(texts), dim=-1)
     against = lambda x: self.scale * self.unit(x) @ text.T
     logits = against(x)
