@@ -552,7 +552,7 @@ def test_load_from_the_hub(toy, tmp_path, monkeypatch):
     for home in (huggingface_hub, huggingface_hub.hub_mixin):
         monkeypatch.setattr(home, "hf_hub_download", download)
     assert same(S.load("me/toy", revision="v1", token="t"), toy) and same(Toy.from_pretrained("me/toy"), toy)
-    assert asked[:2] == [("me/toy", "model.safetensors", "v1", "t"), ("me/toy", "config.json", "v1", "t")]
+    assert set(asked[:3]) == {("me/toy", "model.safetensors", "v1", "t"), ("me/toy", "config.json", "v1", "t")}
 
 
 def test_copies_keep_working(toy):

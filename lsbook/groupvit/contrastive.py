@@ -38,7 +38,8 @@ def matching_loss(
     """Mean over rows of the cross-entropy of `softmax(logits)` with several right candidates.
 
     Default: each of the P right ones is a target of weight 1/P (GroupViT's code). `inside`: they are right
-    together, `-log sum_p softmax_p` (GroupViT, CVPR 2022, eq. 7). With one right candidate both are the same."""
+    together, `-log sum_p softmax_p` (GroupViT, CVPR 2022, eq. 7). With one right candidate both are the
+    same."""
     log_p = logits.log_softmax(-1)
     if inside: return -log_p.masked_fill(~match, -torch.inf).logsumexp(-1).mean()
     return -(torch.where(match, log_p, 0).sum(-1) / match.sum(-1)).mean()
@@ -97,7 +98,8 @@ def templates(
     "Sentences to put a word into; `simple` and `imagenet` are those CLIP was tested with, from open_clip."
     import open_clip
     sets = {"simple": open_clip.SIMPLE_IMAGENET_TEMPLATES, "imagenet": open_clip.OPENAI_IMAGENET_TEMPLATES}
-    ours = {"bare": ["{}"], "photo": ["a photo of a {}."], **{k: [t("{}") for t in v] for k, v in sets.items()}}
+    ours = {"bare": ["{}"], "photo": ["a photo of a {}."]}
+    ours |= {name: [t("{}") for t in theirs] for name, theirs in sets.items()}
     if name not in ours: raise ValueError(f"templates: got {name!r}; wanted one of {', '.join(ours)}")
     return ours[name]
 
@@ -145,7 +147,7 @@ def noun_loss(
     the loss of the whole batch. 0 where no caption has a noun."""
     s, y = gather(segment_logits.logsumexp(1)), gather(present.float()) > 0
     wrong = s.masked_fill(y | ~y.any(0), -torch.inf)
-    terms = F.softplus(wrong.logsumexp(1, keepdim=True) - s) + F.softplus(wrong.logsumexp(0, keepdim=True) - s)
+    terms = sum(F.softplus(wrong.logsumexp(dim, keepdim=True) - s) for dim in (1, 0))
     return torch.where(y, terms, 0).sum() / (2 * y.sum().clamp(min=1))
 
 # %% ../../nbs/groupvit/02_contrastive.ipynb #4c1a0f3e

@@ -121,7 +121,8 @@ def config_from_transformers(
     return GroupViTConfig(dim=v.hidden_size, heads=v.num_attention_heads, mlp_ratio=ratio,
         depths=tuple(v.depths), group_tokens=tuple(v.num_group_tokens), groups=tuple(groups), image_size=size,
         patch=v.patch_size, eps=v.assign_eps, text_dim=t.hidden_size, text_layers=t.num_hidden_layers,
-        text_heads=t.num_attention_heads, embed_dim=theirs.projection_dim, projector=theirs.projection_intermediate_dim)
+        text_heads=t.num_attention_heads, embed_dim=theirs.projection_dim,
+        projector=theirs.projection_intermediate_dim)
 
 # %% ../../nbs/groupvit/06_official.ipynb #7b2e0c1f
 def check_tokenizer(
