@@ -42,7 +42,7 @@ from ..text.pretrained import byte_pairs, clip_tokenizer
 from ..text.words import WordVectors, split_words
 from ..vision import Normalise, conv_block, resize_positions
 
-# %% ../../nbs/groupvit/03_model.ipynb #81275ffd
+# %% ../../nbs/groupvit/03_model.ipynb #43005f45
 @dataclass
 class GroupViTConfig:
     """What a GroupViT is made of. The defaults are the paper's two-stage model; fields marked *deviation* are
@@ -58,14 +58,14 @@ class GroupViTConfig:
     stem: str = "patch"                 # deviation: "conv", a small convolution network of stride 4
     width: int = 24                     # its first channels
     drop_path: float = .1               # of the last block
-    init: float = .02                   # std of weights and tokens; deviation: 0, torch's own weights, tokens std 1
+    init: float = .02                   # std of weights and tokens; deviation: 0, PyTorch's own
     assign: str = "gumbel"              # how tokens choose: "gumbel", "hard", "soft"
     scores: str = "dot"                 # deviation: "cosine", centred and scaled
     eps: float = 1.                     # beside the count of a group's tokens; the paper's equation has none
     mixer: bool = True                  # an MLP over the group tokens
     pre_assign: bool = True             # cross-attention of the released code
     residual: bool = True               # the group token is part of its segment
-    text: str = "clip"                  # the text tower, from scratch; deviation: "words", a table of word vectors
+    text: str = "clip"                  # the tower, from scratch; deviation: "words", a table of word vectors
     words: list = field(default_factory=list)   # the vocabulary of that table
     text_dim: int = 256
     text_layers: int = 12
@@ -81,16 +81,17 @@ class GroupViTConfig:
     consistency: float = 0.             # deviation: weight of `consistency_loss`
     token_consistency: float = 0.       # weight of the single tokens in it
     like_colours: bool = False          # votes in it are averaged over neighbours of like colour
-    auxiliary: float = 0.               # deviation: weight of the same loss on the segments of the first stage
+    auxiliary: float = 0.               # deviation: weight of the loss on the first stage's segments
     short_side: int = 448               # images are resized to this when they are segmented
     cached: int = None                  # images encoded at a time in training, without keeping activations
 
-# %% ../../nbs/groupvit/03_model.ipynb #0dc1fc10
+# %% ../../nbs/groupvit/03_model.ipynb #235669a3
 class PatchStem(nn.Module):
     "A linear map of every patch, then LayerNorm: (B, 3, H, W) -> (B, dim, H / patch, W / patch)"
     def __init__(self, c: GroupViTConfig):
         super().__init__()
-        self.stride, self.projection, self.norm = c.patch, nn.Conv2d(3, c.dim, c.patch, c.patch), nn.LayerNorm(c.dim)
+        self.stride, self.norm = c.patch, nn.LayerNorm(c.dim)
+        self.projection = nn.Conv2d(3, c.dim, c.patch, c.patch)
 
     def forward(self, x): return self.norm(self.projection(x).flatten(2).transpose(1, 2))
 
@@ -111,7 +112,7 @@ class ConvStem(nn.Module):
 
 STEMS = {"patch": PatchStem, "conv": ConvStem}
 
-# %% ../../nbs/groupvit/03_model.ipynb #d09c649c
+# %% ../../nbs/groupvit/03_model.ipynb #154a16b1
 class Stage(nn.Module):
     """Blocks in which tokens and group tokens read each other; then tokens are merged into groups. A stage
     with `group_tokens` 0 has only blocks."""
@@ -124,13 +125,16 @@ class Stage(nn.Module):
         if not n: return
         self.grouping = GroupingBlock(c.dim, c.heads, n, c.groups[i], c.mlp_ratio, c.assign, c.scores, c.eps,
                                       c.mixer, c.pre_assign, c.residual)
-        std = 0. if before and c.init else c.init or 1.         # where some are carried on, these start at zero
+        if not c.init:                                          # what joins a group arrives as it is, at first
+            nn.init.eye_(self.grouping.out.weight)
+            nn.init.zeros_(self.grouping.out.bias)
+        std = 0. if before and c.init else c.init or 1.         # where some are carried on: zero
         self.tokens = nn.Parameter(torch.randn(1, n, c.dim) * std)
         if before: self.carry = nn.Sequential(nn.LayerNorm(c.dim), TokenMixer(before, n, c.dim // 2))
 
     def forward(self, x: Tensor, before: Tensor = None) -> tuple:  # (B, N, C) tokens, group tokens, `Grouped`
-        """`before`: the group tokens of the stage before, after its blocks. Out come the tokens after the blocks,
-        the group tokens after the blocks, and what grouping made of both."""
+        """`before`: the group tokens of the stage before, after its blocks. Out come the tokens and the group
+        tokens after the blocks, and what grouping made of both."""
         if self.grouping is None: return self.blocks(x), None, None
         g = self.tokens.expand(len(x), -1, -1)
         if self.carry is not None: g = g + self.carry(before)
@@ -138,16 +142,16 @@ class Stage(nn.Module):
         return x, g, self.grouping(x, g)
 
     def alone(self, tokens: Tensor) -> Tensor:          # (B, N, C) -> (B, N, C)
-        "Every token as if it were a group of its own: value, output and MLP of the grouping block, no group token"
+        "Every token as the only member of a group: value, output, MLP of the grouping block; no group token"
         if self.grouping is None: return tokens
         new = self.grouping.out(self.grouping.value(self.grouping.norm_segments(tokens)))
         return new + self.grouping.mlp(self.grouping.norm_new(new))
 
-# %% ../../nbs/groupvit/03_model.ipynb #e2e5234f
+# %% ../../nbs/groupvit/03_model.ipynb #d70e63c0
 class Segments(NamedTuple):
     "What the image encoder gives"
     segments: Tensor    # (B, G, dim) after the last stage and the last LayerNorm
-    soft: list          # of Tensors, for each grouping: (B, G1, N), (B, G2, G1), ... summing to 1 over the groups
+    soft: list          # of Tensors, for each grouping: (B, G1, N), (B, G2, G1), ...; sums over groups are 1
     first: Tensor       # (B, G1, dim) the segments of the first stage, after the same LayerNorm
     tokens: Tensor      # (B, N, dim) the tokens of the image after the blocks of the first stage
 
@@ -165,7 +169,7 @@ class ImageEncoder(nn.Module):
     def tokens(self, images: Tensor) -> Tensor:     # (B, h * w, dim)
         "What enters the first stage; positions are resized to another grid (bicubic)"
         size = [s // self.stem.stride for s in images.shape[-2:]]
-        table = F.pad(self.positions, (0, 0, 1, 0))                             # a place for [CLS], which we lack
+        table = F.pad(self.positions, (0, 0, 1, 0))         # a place for [CLS], which we lack
         return self.stem(self.normalise(images)) + resize_positions(table, self.grid, size, "bicubic")[:, 1:]
 
     def forward(self, images: Tensor) -> Segments:
@@ -179,27 +183,29 @@ class ImageEncoder(nn.Module):
 
     def alone(self, tokens: Tensor) -> Tensor: return self.norm(self.stages[0].alone(tokens))
 
-# %% ../../nbs/groupvit/03_model.ipynb #ac9a40f0
+# %% ../../nbs/groupvit/03_model.ipynb #1ccf2276
 class ClipTower(TextEncoder):
     "CLIP's text tower at GroupViT's size, from scratch: byte pairs, causal, pooled at the end token"
     def __init__(self, dim: int, layers: int, heads: int):
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModel
         self.dim = dim
-        self.model = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=dim, intermediate_size=4 * dim,
-            num_hidden_layers=layers, num_attention_heads=heads, hidden_act="quick_gelu"))
+        config = CLIPTextConfig(vocab_size=49408, hidden_size=dim, intermediate_size=4 * dim,
+                                num_hidden_layers=layers, num_attention_heads=heads, hidden_act="quick_gelu")
+        self.model = CLIPTextModel(config)
         self.train()
 
     def read(self, texts): return byte_pairs(clip_tokenizer(77), texts)
 
     def forward(self, texts: list) -> Tensor:       # N strings -> (N, dim)
         tokens = self.tokens(texts)
-        ids = torch.tensor([t + [0] * (max(map(len, tokens)) - len(t)) for t in tokens], device=self.model.device)
+        longest = max(map(len, tokens))
+        ids = torch.tensor([t + [0] * (longest - len(t)) for t in tokens], device=self.model.device)
         rows = torch.arange(len(ids), device=ids.device)
         return self.model(input_ids=ids).last_hidden_state[rows, ids.argmax(-1)]
 
 class WordTable(WordVectors):
-    "Word vectors that are learned; a text is the sum of its words' vectors. Unknown words keep their random ones."
+    "Learned word vectors; a text is the sum of its words'. An unknown word keeps a random vector of its own."
     def __init__(self, words: list, dim: int):
         super().__init__(words, dim)
         table = self.table
@@ -237,7 +243,7 @@ class TextSide(TextEncoder):
 
     def forward(self, texts): return self.projector(self.tower(texts))
 
-# %% ../../nbs/groupvit/03_model.ipynb #bea27fdc
+# %% ../../nbs/groupvit/03_model.ipynb #195eb9eb
 class GroupViT(SemanticSegmenter):
     """GroupViT (Xu et al., CVPR 2022): learns from captions alone, and gives every pixel one of any labels.
 
@@ -269,7 +275,7 @@ class GroupViT(SemanticSegmenter):
     def unit(self, x: Tensor) -> Tensor: return F.normalize(self.projector(x).float(), dim=-1)
 
     def image_features(self, images):
-        "(B, 3, H, W) in [0, 1] -> dict: segments (B, G, D) and image (B, D), unit vectors; maps; tokens (B, N, dim)"
+        "(B, 3, H, W) in [0, 1] -> segments (B, G, D), image (B, D), unit vectors; maps; tokens (B, N, dim)"
         x, size = self.image(images), [s // self.stride for s in images.shape[-2:]]
         soft = x.soft or [torch.eye(x.segments.shape[1]).to(images).expand(len(images), -1, -1)]  # no groups
         return dict(segments=self.unit(x.segments), image=self.unit(x.segments.mean(1)), tokens=x.tokens,
@@ -313,9 +319,9 @@ def label_map(self: GroupViT,
     maps = self.to_image_size(maps, encoded)                                # (G, H, W)
     return (labels.T @ maps.flatten(1)).argmax(0).view(maps.shape[1:])
 
-# %% ../../nbs/groupvit/03_model.ipynb #1d332d0b
+# %% ../../nbs/groupvit/03_model.ipynb #1abafbb1
 def solved(logits: Tensor, present: Tensor) -> Tensor:     # (B, G, N), (B, N) bool -> (B,) in (0, 1)
-    "How sure an image is of its caption's nouns: exp(-cross-entropy), each noun against those that are absent"
+    "How sure an image is of its caption's nouns: exp(-cross-entropy), each against those that are absent"
     s = logits.logsumexp(1)
     wrong = s.masked_fill(present, -torch.inf).logsumexp(1, keepdim=True)
     terms = torch.where(present, F.softplus(wrong - s), 0).sum(1) / present.sum(1).clamp(min=1)
@@ -344,9 +350,9 @@ def consistency_loss(
     tokens: float = 0.,     # weight of the single tokens' own agreement with their votes
     near: Tensor = None,    # from `neighbours`: votes are first averaged over neighbours of like colour
 ) -> Tensor:
-    """Every token votes for a noun *of the caption*; what its groups say should agree. Cross-entropy, weighted by
-    how far the image's nouns are `solved`. Ours, not in GroupViT: a group that holds what no noun asks for costs
-    nothing in a contrastive loss."""
+    """Every token votes for a noun *of the caption*; what its groups say should agree. Cross-entropy,
+    weighted by how far the image's nouns are `solved`. Ours, not in GroupViT: in a contrastive loss a group
+    that holds what no noun asks for costs nothing."""
     vote = votes.detach().masked_fill(~present[:, None], -1e4).softmax(-1)
     if near is not None: vote = smoothed(vote, near)
     said = assigned.transpose(1, 2) @ logits.softmax(-1)
@@ -354,25 +360,25 @@ def consistency_loss(
     if tokens: each = each - tokens * (vote * votes.log_softmax(-1)).sum(-1).mean(-1)
     return (solved(logits, present).detach() * each).mean()
 
-# %% ../../nbs/groupvit/03_model.ipynb #2c1d8f45
+# %% ../../nbs/groupvit/03_model.ipynb #5e1a5ef3
 @cache
 def augmentation(size: int):
     "DeiT's, from timm, as in GroupViT's code: random crop and flip, RandAugment, random erasing; -> [0, 1]"
-    return create_transform(size, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bilinear",
-                            re_prob=.25, re_mode="pixel", mean=(0, 0, 0), std=(1, 1, 1))
+    return create_transform(size, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", re_prob=.25,
+                            re_mode="pixel", interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
 
-# %% ../../nbs/groupvit/03_model.ipynb #e39b684e
+# %% ../../nbs/groupvit/03_model.ipynb #4c0898e7
 @patch
 def collate(self: GroupViT,
     rows: list,             # caption rows: image, caption, perhaps nouns
-) -> dict:                  # images (B, 3, S, S); for captions texts, prompts; for nouns texts and present (B, N)
+) -> dict:                  # images (B, 3, S, S), texts; and prompts, about; or present (B, N)
     "Caption rows as a batch, in training mode each flipped half the time. No column but these is looked at."
     c, images = self.config, to_images([row["image"] for row in rows])[0]
     if c.augment and self.training: images = torch.stack([*map(augmentation(c.image_size), images)])
     else:
         size = (c.image_size,) * 2
         images = [torch.from_numpy(np.array(im)).permute(2, 0, 1) for im in images]
-        if len({x.shape for x in images}) == 1: images = resize(torch.stack(images), size)      # faster together
+        if len({x.shape for x in images}) == 1: images = resize(torch.stack(images), size)
         else: images = torch.stack([resize(x, size) for x in images])
         images = images.float() / 255
         if self.training:

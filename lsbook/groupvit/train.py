@@ -36,10 +36,11 @@ class Captions:
         scene = scenes.scene(i, **self.kind)
         return dict(image=scene.image, caption=scene.caption, nouns=scene.nouns)
 
-# %% ../../nbs/groupvit/04_train.ipynb #e20d7dd6
-small = dict(dim=96, heads=3, mlp_ratio=2., depths=(2,), group_tokens=(16,), groups=(16,), image_size=64, stem="conv",
-    drop_path=0., init=0., assign="soft", scores="cosine", eps=.1, mixer=False, pre_assign=False, residual=False,
-    text="words", words=scenes.words(), embed_dim=64, projector=0, loss="nouns", augment=False, template="bare", ask="bare", short_side=64)
+# %% ../../nbs/groupvit/04_train.ipynb #f018e893
+small = dict(dim=96, heads=3, mlp_ratio=2., depths=(2,), group_tokens=(16,), groups=(16,), image_size=64,
+    stem="conv", drop_path=0., init=0., assign="soft", scores="cosine", eps=.1, mixer=False, pre_assign=False,
+    residual=False, text="words", words=scenes.words(), embed_dim=64, projector=0, loss="nouns", augment=False,
+    template="bare", ask="bare", short_side=64)
 
 def scene_rows(root=None):
     "200,000 patterned scenes with their captions; 200 others with label maps to validate."
@@ -56,20 +57,21 @@ def shards(
     return captions(f"{root}/*/*.tar", streaming=True).shuffle(seed=0, buffer_size=10_000), None
 
 RECIPES = {
-    "scenes": Recipe("groupvit", "scenes", rows=scene_rows, steps=4000, batch_size=32, lr=2e-3, weight_decay=.05,
-        no_decay=("image.positions", "image.stages.0.tokens"), warmup=50, clip=1., eval_every=500,
-        config=small | dict(consistency=1.),
-        notes="The book's own. Deviations from the paper: a convolutional stem; one stage of two blocks; soft "
-              "assignment by a cosine, means of the tokens alone (no mixer, no cross-attention, no group token "
-              "in its segment); word vectors for a text tower; InfoNCE over the nouns with a log-sum-exp over "
-              "the segments; `consistency`: tokens vote for the nouns of their caption, which cures the "
+    "scenes": Recipe("groupvit", "scenes", rows=scene_rows, steps=4000, batch_size=32, lr=2e-3,
+        weight_decay=.05, no_decay=("image.positions", "image.stages.0.tokens"), warmup=50, clip=1.,
+        eval_every=500, config=small | dict(consistency=1.),
+        notes="The book's own. Deviations from the paper: a convolutional stem; one stage of two blocks; "
+              "soft assignment by a cosine, means of the tokens alone (no mixer, no cross-attention, no "
+              "group token in its segment); word vectors for a text tower; InfoNCE over the nouns with a "
+              "log-sum-exp over the segments; `consistency`: tokens vote for the nouns of their caption, which cures the "
               "leftover group."),
     "paper": Recipe("groupvit", "paper", rows=shards, steps=30 * EPOCH, batch_size=4096, lr=1.6e-3,
-        weight_decay=.05, warmup=5 * EPOCH, clip=5., eval_every=EPOCH, precision="bf16", config=dict(cached=256),
+        weight_decay=.05, warmup=5 * EPOCH, clip=5., eval_every=EPOCH, precision="bf16",
+        config=dict(cached=256),
         notes="CC12M and YFCC14M, 30 epochs of batch 4096 (of all processes together), AdamW 1.6e-3, weight "
               "decay 0.05, cosine behind 5 epochs of warm-up: as printed; the released code warms up for 2. "
-              "Its cosine ends at 4e-5, ours at 0. Clipping at 5 and DeiT's augmentation are the code's; bf16 "
-              "for its fp16. The released model also saw CC3M. `cached`: 256 images at a time, gradients of "
+              "Its cosine ends at 4e-5, ours at 0. Clipping at 5 and DeiT's augmentation are the code's; "
+              "bf16 for its fp16. The released model also saw CC3M. `cached`: 256 images at a time, gradients of "
               "the whole batch.")}
 
 # %% ../../nbs/groupvit/04_train.ipynb #db37b582
@@ -149,7 +151,7 @@ def colour_clusters(
     y = torch.stack(torch.meshgrid(torch.linspace(0, 1, h), torch.linspace(0, 1, w), indexing="ij")) * place
     return clusters(torch.cat([x, y]).flatten(1).T, k).view(h, w)
 
-# %% ../../nbs/groupvit/04_train.ipynb #372daecc
+# %% ../../nbs/groupvit/04_train.ipynb #fd2ac329
 @torch.no_grad()
 def readouts(
     model: GroupViT,
@@ -171,7 +173,7 @@ def readouts(
     alone = model.image.alone(tokens[None])[0]
     said["tokens"] = up(labels(alone).T.unflatten(-1, size)).argmax(0)
     for name, place in (("colour clusters", 0.), ("colour and place", .5)) if k else ():
-        member = F.one_hot(colour_clusters(encoded.image, k, place, size).flatten(), k).to(tokens)   # (cells, k)
+        member = F.one_hot(colour_clusters(encoded.image, k, place, size).flatten(), k).to(tokens)
         stage = model.image.stages[0]
         if stage.grouping is None: z = member.T @ tokens / member.sum(0)[:, None].clamp(min=1)
         else:
@@ -187,7 +189,7 @@ def measure(
     rows,                  # semantic rows: an image and a label map
     names: list,           # of the labels
     k: int = 16,           # clusters; 0: none
-) -> dict:                 # mIoU of each of `readouts`; used: segments an image uses; entropy of the assignment
+) -> dict:                 # mIoU of each of `readouts`, and of the backgrounds; used, entropy
     "What a model scores by its groups, by its single tokens, and by clusters that were not learned."
     from lsbook.segmenter.encode import _inference
     with _inference(model):
