@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['named', 'inside', 'read_text', 'read_json', 'ContainerUnpickler', 'read_pickle', 'Inert', 'TensorUnpickler',
-           'read_tensors', 'tied', 'load_tensors', 'is_path', 'write_atomically']
+           'PickledType', 'PickledArray', 'ArrayUnpickler', 'read_tensors', 'tied', 'load_tensors', 'is_path',
+           'write_atomically']
 
 # %% ../nbs/files.ipynb #764ba0b4
 import io
@@ -69,11 +70,12 @@ class ContainerUnpickler(pickle.Unpickler):
 
 def read_pickle(
     path, # a pickle of lists, dictionaries, tuples, text and numbers (Python 2 or 3)
+    reader=ContainerUnpickler, # what it may build
 ):
     "The content of a pickle, built without importing or calling anything; `ValueError` if it asks for more."
     if not Path(path).is_file(): raise FileNotFoundError(f"got {str(path)!r}, which is not a file")
     with open(path, "rb") as file:
-        try: return ContainerUnpickler(file, encoding="latin-1").load()
+        try: return reader(file, encoding="latin-1").load()
         except Exception as e:
             raise ValueError(f"got {str(path)!r} ({e}); wanted plain containers only") from e
 
@@ -100,6 +102,40 @@ class TensorUnpickler(pickle.Unpickler):
         kind = vars(torch).get(name) if module == "torch" else None
         return kind if isinstance(kind, torch.dtype) else Inert
 
+# %% ../nbs/files.ipynb #f630b54b
+class PickledType:
+    "A NumPy type as a pickle tells it: a letter with a size, then an order of bytes."
+    order = "="
+    def __init__(self, code, *_): self.code = code
+    def __setstate__(self, state): self.order = state[1]
+
+class PickledArray:
+    "A NumPy array as a pickle tells it; `tensor` is what it holds."
+    def __setstate__(self, state): self.fill(state[4], state[2], state[1], "F" if state[3] else "C")
+
+    def fill(self, data, kind, shape, order):
+        import numpy as np
+        import torch
+        if kind.code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"):
+            raise ValueError(f"it holds an array of {kind.code!r}")
+        data = data.encode("latin-1") if isinstance(data, str) else data                # of Python 2
+        numbers = np.frombuffer(data, kind.order + kind.code).reshape(shape, order=order)
+        self.tensor = torch.from_numpy(numbers.astype(kind.code, order="C"))
+        return self
+
+class ArrayUnpickler(ContainerUnpickler):
+    "Builds NumPy arrays of numbers and plain containers, and refuses every other name."
+    def find_class(self, module, name):
+        if (module, name) == ("collections", "OrderedDict"): return OrderedDict
+        if (module, name) == ("_codecs", "encode"): return lambda text, coding: text.encode("latin-1")
+        if (module, name) == ("__builtin__", "bytes"): return lambda: b""               # an empty array
+        parts = module.replace("_core", "core"), name                                      # since NumPy 2
+        if parts == ("numpy", "dtype"): return PickledType
+        if parts == ("numpy", "ndarray"): return Inert
+        if parts == ("numpy.core.multiarray", "_reconstruct"): return lambda *_: PickledArray()
+        if parts == ("numpy.core.numeric", "_frombuffer"): return lambda *told: PickledArray().fill(*told)
+        return super().find_class(module, name)
+
 # %% ../nbs/files.ipynb #9ad1a4c4
 def _torch_file(path, zipped):
     "What `torch.save` wrote, with `Inert` in the place of whatever is no tensor and no container"
@@ -114,7 +150,7 @@ def _torch_file(path, zipped):
         return torch.load(file, map_location="cpu", pickle_module=tensors_only, weights_only=False)
 
 def read_tensors(
-    path, # .safetensors, or what torch.save wrote: of any age, a Lightning checkpoint too
+    path, # .safetensors, what torch.save wrote (of any age, Lightning's too), a pickle of NumPy arrays
     skip: tuple = (), # names that begin with one of these are left out, and not even read from .safetensors
 ) -> dict: # name -> tensor, on the CPU and in the type that it has in the file
     """The tensors of a file from anywhere. Nothing in it is run; only tensors and containers are built.
@@ -127,7 +163,9 @@ def read_tensors(
     try:
         with open(path, "rb") as file: head = file.read(9)
         zipped = head[:2] == b"PK"
-        if head[8:] != b"{" and (zipped or head[:1] == b"\x80"): state = _torch_file(path, zipped)
+        if head[8:] != b"{" and (zipped or head[:1] == b"\x80"):
+            torchs = zipped or head[2:4] == b"\x8a\n"     # before archives: a pickle of a large number first
+            state = _torch_file(path, zipped) if torchs else read_pickle(path, ArrayUnpickler)
         else:
             with safe_open(path, "pt") as file:
                 state = {k: file.get_tensor(k) for k in file.keys() if not k.startswith(tuple(skip))}
@@ -138,8 +176,8 @@ def read_tensors(
         if inner is None: break
         state = inner
     state = state if isinstance(state, dict) else {}
-    state = {k.removeprefix("module."): v.detach() for k, v in state.items()
-             if isinstance(k, str) and isinstance(v, Tensor)}
+    state = {k: getattr(v, "tensor", v) for k, v in state.items() if isinstance(k, str)}
+    state = {k.removeprefix("module."): v.detach() for k, v in state.items() if isinstance(v, Tensor)}
     if not state: raise ValueError(f"got {str(path)!r}, which holds no dictionary of tensors")
     return {k: v for k, v in state.items() if not k.startswith(tuple(skip))}
 
@@ -188,7 +226,7 @@ def is_path(
     weights, # what a person gave: a path, or the name of published weights
 ) -> bool:
     "Whether `weights` means a file on disk and not a name: it exists, or it is written like a path."
-    endings = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+    endings = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".safetensors")
     return Path(weights).is_file() or any(c in str(weights) for c in "/\\") or Path(weights).suffix in endings
 
 # %% ../nbs/files.ipynb #5c1d0a7e

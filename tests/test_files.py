@@ -18,6 +18,8 @@ from torch import nn
 
 from lsbook.files import (
     Inert,
+    PickledArray,
+    PickledType,
     inside,
     is_path,
     load_tensors,
@@ -317,3 +319,28 @@ def test_write_atomically(tmp_path):
 def test_files_and_images_need_no_torch():
     code = "import sys, lsbook.files, lsbook.images; sys.exit(any(m in sys.modules for m in ('torch', 'datasets', 'safetensors')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_pickles_of_arrays_are_read_and_nothing_else_in_them(tmp_path):
+    "detectron2 publishes its detectors so: {'model': {name: array}}, read with latin-1."
+    arrays = {"a.f": np.arange(6., dtype="f4").reshape(2, 3, order="F"), "a.big": np.array([1, -2], ">i8"), "a.half": np.float16([.5]),
+              "a.b": np.array([True, False]), "a.none": np.zeros((0, 3)), "a.one": np.array(7)}
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "d2.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "x", "matching_heuristics": True}, protocol=protocol))
+        got = read_tensors(tmp_path / "d2.pkl")
+        assert got.keys() == arrays.keys() and all(np.array_equal(got[k].numpy(), arrays[k]) and got[k].shape == arrays[k].shape for k in arrays)
+    python2 = (b"\x80\x02}q\x00U\x01aq\x01cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\x00\x85U\x01b\x87R"
+               b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x02\xff\x07tbs.")
+    (tmp_path / "p2.pkl").write_bytes(python2)
+    assert read_tensors(tmp_path / "p2.pkl")["a"].tolist() == [255, 7]
+    trace = tmp_path / "trace"
+    for bad, says in ((Harm(trace), "it asks for"), (np.array([Harm(trace)], object), "it asks for|it holds an array of 'O8'"), (np.array(["text"]), "it holds an array of 'U4'"),
+                      (Path("x"), "it asks for pathlib")):
+        (tmp_path / "bad.pkl").write_bytes(pickle.dumps({"model": arrays | {"x": bad}}))
+        with pytest.raises(ValueError, match=says): read_tensors(tmp_path / "bad.pkl")
+    (tmp_path / "cut.pkl").write_bytes(python2.replace(b"K\x02\x85c", b"K\x03\x85c"))       # says three numbers, has two
+    with pytest.raises(ValueError, match="cut short"): read_tensors(tmp_path / "cut.pkl")
+    for target in (b"cnumpy\ndtype\n", b"cnumpy\nndarray\n", b"cnumpy.core.multiarray\n_reconstruct\n", b"c_codecs\nencode\n"):
+        (tmp_path / "own.pkl").write_bytes(b"\x80\x02" + target + b"N}X\x05\x00\x00\x00ownedNs\x86b.")     # BUILD writes to what was found
+        with pytest.raises(ValueError): read_tensors(tmp_path / "own.pkl")
+    assert not trace.exists() and not any(hasattr(t, "owned") for t in (np.dtype, np.ndarray, PickledType, PickledArray, Inert))

@@ -124,6 +124,41 @@ def options(nb):
     return wrong
 
 
+def bindings(text):
+    """Names that a cell binds at its top level, with what is imported under them; methods put into a class by `@patch` are none."""
+    out = {}
+
+    def visit(node):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if not any(ast.unparse(d).startswith("patch") for d in node.decorator_list):
+                out[node.name] = None
+            return
+        if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            return
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for a in node.names:
+                out[a.asname or a.name.split(".")[0]] = (a.name if a.asname or isinstance(node, ast.ImportFrom) else a.name.split(".")[0])
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            out[node.id] = None
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+    visit(ast.parse(code(text)))
+    return out
+
+
+def rebound(nb):
+    """A demonstration must not give another meaning to a name that exported cells bind or import: exported functions would meet it at their next call."""
+    module, wrong = {}, []
+    for cell in nb["cells"]:
+        if exported(cell):
+            module |= bindings(source(cell))
+    for i, cell in enumerate(nb["cells"]):
+        if cell["cell_type"] == "code" and not exported(cell):
+            wrong += [f"cell {i} gives {name!r} a new meaning, which exported cells bind" for name, what in bindings(source(cell)).items()
+                      if name in module and (what is None or what != module[name])]
+    return wrong
+
+
 def guard_share(text):
     """The share of a module's code lines that only refuse: `raise`, the `if` or `except` around nothing else, warnings."""
     tree = ast.parse(text)
@@ -144,7 +179,7 @@ def guard_share(text):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook(name):
     nb = read(name)
-    wrong = [*too_long(name, nb), *head(name, nb), *wide_lines(nb), *unshown(nb), *options(nb)]
+    wrong = [*too_long(name, nb), *head(name, nb), *wide_lines(nb), *unshown(nb), *options(nb), *rebound(nb)]
     assert not wrong, f"{name}.ipynb " + f"\n{name}.ipynb ".join(wrong)
 
 
@@ -185,5 +220,9 @@ def test_each_rule_sees_its_violation():
     assert head("vision", cells("# T\n\n> s", "no time", "## One")) and not head("vision", cells("# T", "Reading: 3 minutes", "## One"))
     assert options(cells('#| fig-cap: two: three')) and options(cells('#| fig-cap: yes # no')) and options(cells('#| fig-cap: "open'))
     assert not options(cells('#| fig-cap: "two: three"\n#| fig-alt: plain words\n#| eval: false'))
+    uses = "#| exports\nfrom m import named\ndef f(): return named"
+    for bad in (">>> named = [1]", ">>> for named, x in y: pass", ">>> with g() as named: pass", ">>> def f(): pass", ">>> from other import thing as named", ">>> (a, f) = 1, 2"):
+        assert rebound(cells(uses, bad)), bad
+    assert not rebound(cells(uses, ">>> from m import named\nx = [named for named in y]\ndef g(named): f = 1", "#| exports\n@patch\ndef steps(self: X): pass", ">>> steps = 1"))
     assert guard_share("def f(x):\n    if x: raise ValueError(x)\n    return x")[0] == 1 / 3
     assert guard_share('"doc"\nx = 1\n# note\ny = 2')[0] == 0

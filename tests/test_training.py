@@ -399,14 +399,18 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
 
 
 def test_a_stage_that_comes_first(tmp_path, monkeypatch):
-    "It is told where the run is, decides fields of the config, and is no part of the run: recipe and metadata name it as it stands."
+    "It is told where the run is, by which recipe and whether it goes on; it decides fields of the config, and recipe and metadata name it as it stands."
     monkeypatch.setitem(segmenter.METHODS, "tiny", entry())
     called = []
-    def first(out): return called.append(out) or dict(long_side=48)
+    def first(out, r, resume): return called.append((out, r.seed, resume)) or r.replace(config=r.config | dict(long_side=48))
     r = RECIPE.replace(steps=1, scale="few", rows=small_rows, first=first)
     train_(r, tmp_path)
-    assert called == [tmp_path] and load(tmp_path).config.long_side == 48 != Config().long_side
+    assert called == [(tmp_path, r.seed, False)] and load(tmp_path).config.long_side == 48 != Config().long_side
     assert json.loads((tmp_path / "recipe.json").read_text()) == r.as_dict() and r.as_dict()["first"].endswith("first")
+    with pytest.raises(ValueError, match="got the field 'long_syde'"): train_(r.replace(config=dict(long_syde=9)), tmp_path / "b")
+    assert len(called) == 1                                                       # refused before the stage
+    train_(r, tmp_path, resume=True)
+    assert called[1] == (tmp_path, r.seed, True)
     assert recipe("lseg").first is None and recipe_from(r.as_dict() | dict(first="os:system")).first is None
 
 

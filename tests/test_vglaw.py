@@ -1,5 +1,6 @@
 """VG-LAW: each fast form against the printed one, the shipped weights, bad input, real rows, devices."""
 import json
+import pickle
 from importlib.resources import files
 
 import numpy as np
@@ -118,6 +119,54 @@ def test_detector_checkpoint_warns(tmp_path):
     with pytest.warns(UserWarning, match="COCO"): load_vit(ours, tmp_path / "vitdet.pth")
     assert ours.blocks[2].attn.rel_pos_h.shape == (7, 16) and ours.blocks[2].attn.rel_pos_h.abs().sum() > 0
 
+def test_public_detector_file(tmp_path):
+    "detectron2's model_final_*.pkl: a pickle of NumPy arrays; deeper than the trunk, which is said; without the prefix it is known by its relative positions."
+    ours = AdaptiveViT(PatchEmbed(48), 4, 48, 3, 3, 4., 2, (2,), 0., False)
+    larger = AdaptiveViT(PatchEmbed(48), 4, 48, 5, 3, 4., 2, (2,), 0., False).state_dict() | {"pos_embed": torch.randn(1, 197, 48)}
+    (tmp_path / "d2.pkl").write_bytes(pickle.dumps(dict(model={f"backbone.net.{k}": v.numpy() for k, v in larger.items()} | {"roi_heads.x": np.zeros(1)}, __author__="x")))
+    torch.save(larger, tmp_path / "bare.pth")
+    for name in ("d2.pkl", "bare.pth"):
+        with pytest.warns(UserWarning) as said: load_vit(ours, tmp_path / name)
+        assert [w.message.args[0][:20] for w in said] == [LEAK[:20], "2 blocks, from 3 on,"]
+        assert torch.equal(ours.blocks[1].attn.qkv.weight, larger["blocks.1.attn.qkv.weight"]) and torch.equal(ours.pos_embed, fit_positions(larger["pos_embed"], 4))
+    del larger["pos_embed"]
+    torch.save(larger, tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match="weights: got no pos_embed; wanted a ViT, an MAE or a ViTDet"), pytest.warns(UserWarning): load_vit(ours, tmp_path / "bare.pth")
+    with pytest.raises(FileNotFoundError, match="model_final.pkl"): VGLAW(tiny(weights="model_final.pkl"))
+
+def test_a_trunk_fits_or_is_refused(tmp_path):
+    "Of a whole model the trunk and the first deconvolution are taken; another depth or width says so."
+    whole, name = lively(3), str(tmp_path / "model.safetensors")
+    save_weights(whole, name)
+    torch.manual_seed(9)
+    begun, (text, own) = VGLAW(tiny(weights=name)), ("text.model.embeddings.word_embeddings.weight", whole.state_dict())
+    same = {k.split(".")[0] for k, v in begun.state_dict().items() if torch.equal(v, own[k]) and v.numel() > 1 and v.float().std() > 0}
+    assert all(torch.equal(begun.state_dict()[k], own[k]) for k in own if k.startswith(("trunk.", "mask.enlarge."))) and not torch.equal(begun.state_dict()[text], own[text])
+    assert same == {"trunk", "mask"} and not torch.equal(begun.mask.deconv.weight, whole.mask.deconv.weight)
+    for wrong in (dict(depth=6), dict(depth=3, global_blocks=(0,)), dict(dim=64)):
+        with pytest.raises(ValueError, match="weights: got tensors that do not fit AdaptiveViT"): VGLAW(tiny(weights="vglaw-trunk", **wrong))
+    boxes = VGLAW(tiny(weights=name, tasks=("box",)))
+    assert torch.equal(boxes.trunk.pos_embed, whole.trunk.pos_embed)
+
+def test_expressions_of_an_image_share_what_the_words_leave_alone():
+    "The products of block 0 are made once an image: counted, and equal in values and gradients."
+    from torch.utils.flop_counter import FlopCounterMode
+    model, c = lively(), VGLAWConfig(**small)
+    x, image = model.image_features(torch.rand(2, 3, 64, 64)).detach(), torch.tensor([0, 1, 1, 0, 0])
+    words, mask = (t.detach() for t in model.encode_text(["the star", "the cross", "the red star", "the blue star", "the thing"]))
+    def count(f):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(): f()
+        return counter.get_total_flops() // 2
+    shared, each = (lambda x: model.features(x, image, words, mask)), (lambda x: model.features(x[image], torch.arange(5), words, mask))
+    assert count(lambda: each(x)) - count(lambda: shared(x)) == 3 * 64 * c.dim * (3 * c.dim + c.rank)
+    agree(each, shared, x)
+    trunk = model.trunk
+    assert torch.allclose(trunk(x, None, image), trunk(x)[image], atol=1e-5)
+    seen = []
+    trunk.blocks[0].attn.register_forward_pre_hook(lambda m, a: seen.append(len(a[0])))
+    model.segment(scenes.scene(0).image, ["the star", "the cross", "the thing"])
+    assert seen == [1]
+
 def test_aggregation():
     torch.manual_seed(0)
     read, words = LanguageAggregation(8, 3, 2), torch.randn(2, 5, 8)
@@ -153,6 +202,23 @@ def test_shares_and_pixels():
     want = (11.5 * .8 / 64, 17 * .8 / 64, 17 * .8 / 64, 26 * .8 / 64)
     assert torch.allclose(shares, torch.tensor([want])) and torch.allclose(to_pixels(shares, frame), torch.tensor(boxes), atol=1e-4)
     assert torch.equal(to_pixels(torch.tensor([[.5, .5, 2., 2.]]), frame), torch.tensor([[0., 0., 40., 60.]]))
+    beyond = to_pixels(torch.tensor([[.9, .9, .1, .1], [.25, .9, .2, .1], [-.5, -.5, .1, .1]]), frame)     # in the padding: the pixel next to it
+    assert torch.allclose(beyond, torch.tensor([[39., 59, 40, 60], [12, 59, 28, 60], [0, 0, 1, 1]]), atol=1e-3)
+
+def test_a_mask_does_not_vanish_on_its_way_to_the_network():
+    dot = np.zeros((1, 480, 640), bool); dot[0, 301, 433] = True
+    wide = np.zeros((1, 480, 640), bool); wide[0, 100:300, 50:90] = True
+    frame = Frame((480, 640), (48, 64), (64, 64))
+    both = network_masks([dot[0], wide[0]], frame)
+    assert both[0].nonzero().tolist() == [[30, 43]] and both[1].nonzero().amin(0).tolist() == [10, 5] and both[1].sum() == 20 * 4
+    batch = VGLAW(tiny()).collate([dict(image=np.zeros((480, 640, 3), np.uint8), expression="the dot", mask=dot[0])])
+    assert batch["masks"].sum() == 1
+
+def test_a_row_says_what_it_lacks():
+    image = np.zeros((64, 64, 3), np.uint8)
+    for row in (dict(image=image, expression="a"), dict(image=image, mask=np.ones((64, 64)))):
+        with pytest.raises(ValueError, match="rows.0.: got no (mask|expression); wanted image, expression and mask"): VGLAW(tiny()).collate([row])
+    with pytest.raises((ValueError, TypeError), match="image"): VGLAW(tiny()).collate([dict(expression="a", mask=np.ones((64, 64)))])
 
 def test_mirror():
     assert mirror_words("the leftmost cup right of the bright box") == "the rightmost cup left of the bright box"
@@ -161,8 +227,11 @@ def test_mirror():
     assert twice["expression"] == ["left"] and (twice["mask"][0] == row["mask"][0]).all() and twice["box"] == row["box"]
     assert mirrored(row)["box"] == [(2, 0, 6, 4)]
 
-@pytest.mark.parametrize("wrong,says", [(dict(mask=np.zeros((64, 64))), "without a pixel"), (dict(box=[10, 10, 70, 20]), "wanted one inside 64 x 64"),
-                                        (dict(mask=np.ones((4, 4))), "wanted one size"), (dict(expression=["a", "b"]), "wanted as many")])
+@pytest.mark.parametrize("wrong,says", [(dict(mask=np.zeros((64, 64))), "without a pixel"), (dict(box=[10, 10, 70, 20]), "inside 64 x 64"),
+                                        (dict(mask=np.ones((4, 4))), "wanted one size"), (dict(expression=["a", "b"], mask=[np.ones((64, 64))]), "got 2 expressions, 1 masks; wanted as many"),
+                                        (dict(box=[1, 2, 3]), "wanted x0, y0, x1, y1"), (dict(box=[1, 2, 3, 4, 5]), "wanted x0, y0, x1, y1"), (dict(expression=""), "expression"),
+                                        (dict(expression=[]), "expression"), (dict(mask=None), "got no mask"),
+                                        (dict(expression=["a", "b"], mask=[np.ones((64, 64))] * 2, box=[[0, 0, 1, 1]]), "2 masks, 1 boxes")])
 def test_bad_rows(wrong, says):
     row = dict(image=np.zeros((64, 64, 3), np.uint8), expression="the star", mask=np.ones((64, 64)))
     with pytest.raises(ValueError, match=f"rows.1.: .*{says}"): VGLAW(tiny()).collate([row, row | wrong])
@@ -216,7 +285,7 @@ def test_answers_fit_any_picture():
     for w, h in ((100, 40), (7, 90), (1, 1), (64, 64)):
         got = model.segment(np.zeros((h, w, 3), np.uint8), "the red circle")
         x0, y0, x1, y1 = got.box
-        assert got.mask.shape == (h, w) and 0 <= x0 <= x1 <= w and 0 <= y0 <= y1 <= h
+        assert got.mask.shape == (h, w) and 0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h
 
 def test_saved_model_answers_alike(tmp_path):
     model = lively()
@@ -337,3 +406,50 @@ def test_stems_are_what_they_say():
     _, fine, coarse = stem.pyramid(image)
     want = nn.functional.conv2d(fine, stem.fine.weight, stem.fine.bias, stride=2) + stem.coarse(coarse)
     assert torch.allclose(stem(image), want.permute(0, 2, 3, 1), atol=1e-5) and stem.stride == 8
+
+
+gpu = pytest.mark.cuda
+
+@gpu
+def test_the_same_on_a_gpu():
+    texts, image = ["the red circle", "the leftmost thing"], scenes.scene(0).image
+    for m in (lively(), load("vglaw")):
+        want = m.cpu().segment(image, texts)
+        got = m.cuda().segment(image, texts)
+        with torch.autocast("cuda", torch.bfloat16): half = m.segment(image, texts)
+        for a, b, c in zip(want, got, half):
+            assert np.allclose(a.heatmap, b.heatmap, atol=2e-3) and np.allclose(a.box, b.box, atol=.05)
+            assert np.abs(a.heatmap - c.heatmap).mean() < 2e-2 and np.allclose(a.box, c.box, atol=2)
+
+@gpu
+def test_a_training_step_on_a_gpu():
+    m = lively(flip=False).train()
+    batch = m.collate([Expressions(10)[i] for i in range(2)])
+    want = m(**batch).loss.item()
+    got = m.cuda()(**{k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}).loss
+    got.backward()
+    assert abs(got.item() - want) < 1e-2 and all(p.grad is not None for p in m.parameters())
+
+@gpu
+def test_trunk_and_heads_compile_on_a_gpu():
+    m = lively().cuda()
+    words, mask = m.encode_text(["the red circle", "the star"])
+    x, image = m.image_features(torch.rand(1, 3, 64, 64, device="cuda")), torch.zeros(2, dtype=torch.long, device="cuda")
+    def run(x, image, words, mask): return m.decode(m.features(x, image, words, mask), words[:, 0])
+    with torch.no_grad(): a, b = run(x, image, words, mask), torch.compile(run, fullgraph=True)(x, image, words, mask)
+    assert torch.allclose(a[0], b[0], atol=1e-2, rtol=1e-3) and torch.allclose(a[1], b[1], atol=1e-3)
+
+@gpu
+def test_the_fast_forms_on_a_gpu():
+    "Folded positions through the fused kernel, the contracted mask head and the factored weights, at the paper's widths."
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 12, 14, 14, 64, device="cuda") for _ in range(3))
+    rel = [torch.randn(27, 64, device="cuda") * .3 for _ in range(2)]
+    a, b = biased_attention(q, k, v, *rel), folded_attention(q, k, v, *rel)
+    assert (a - b).abs().max() < 2e-2 * a.abs().max()
+    head, x, z = MaskHead(768, 256, 768).cuda(), torch.randn(2, 768, 28, 28, device="cuda"), torch.randn(2, 768, device="cuda")
+    with torch.no_grad(): a, b = deconv_dot_literal(head.enlarge(x), z, head.deconv), head(x, z)
+    assert (a - b).abs().max() < 2e-2 * a.abs().max()
+    parts = [torch.randn(*s, device="cuda") / s[-1] ** .5 for s in ((4, 196, 768), (2304, 768), (2304,), (2304, 32), (4, 32, 32), (768, 32))]
+    a, b = materialised_qkv(*parts), adaptive_qkv(*parts)
+    assert (a - b).abs().max() < 2e-2 * a.abs().max()

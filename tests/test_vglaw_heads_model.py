@@ -69,8 +69,13 @@ def test_mask_head_draws_sixteen_pixels_a_cell():
 
 
 def test_config_says_what_is_wrong():
-    for wrong, says in ((dict(pooling="max"), "pooling"), (dict(stem="mlp"), "stem"), (dict(tasks=()), "tasks"), (dict(tasks=("caption",)), "tasks")):
-        with pytest.raises(ValueError, match=says): VGLAWConfig(**wrong)
+    scenes_ones = [dict(groups=5), dict(groups=0), dict(text_dim=126), dict(heads=3), dict(window=3, global_blocks=(0,)), dict(long_side=60), dict(global_blocks=(4,))]
+    for wrong in (dict(pooling="max"), dict(stem="mlp"), dict(tasks=()), dict(tasks=("caption",)), dict(heads=5), dict(heads=0), dict(dim=18, heads=3), dict(window=13),
+                  dict(global_blocks=(12,)), dict(global_blocks=(-1,)), dict(long_side=450), dict(long_side=0), dict(groups=-1), dict(heads_read=False, adaptive=False),
+                  *(small | w for w in scenes_ones)):
+        name = next(k for k in wrong if k not in small or wrong[k] != small[k]) if "words" in wrong else next(iter(wrong))
+        with pytest.raises(ValueError, match=f"^{name}: got .*; wanted "): VGLAWConfig(**wrong)
+    VGLAWConfig(**small | dict(window=3)), VGLAWConfig(adaptive=False), VGLAWConfig(heads_read=False), VGLAWConfig(groups=16)   # no block has windows; one of two hears
     c = VGLAWConfig()
     assert (c.l1, c.giou, c.focal, c.dice, c.bce, c.threshold) == (1, 1, 4, 4, 0, .35)
     assert (c.dim, c.depth, c.heads, c.mlp_ratio, c.window, c.global_blocks, c.drop_path) == (768, 12, 12, 4, 14, (2, 5, 8, 11), .1)
@@ -94,7 +99,7 @@ def test_texts_are_read_once_and_dealt_out():
 def test_static_backbone_looks_once_an_image():
     for adaptive, want in ((True, 3), (False, 2)):
         model, seen = tiny(adaptive=adaptive), []
-        model.trunk.blocks[0].register_forward_pre_hook(lambda m, a: seen.append(len(a[0])))
+        model.trunk.blocks[1].register_forward_pre_hook(lambda m, a: seen.append(len(a[0])))
         x, (words, mask) = model.image_features(torch.rand(2, 3, 64, 64)), model.encode_text(["the star", "the cross", "the red star"])
         maps = model.features(x, torch.tensor([0, 1, 1]), words, mask)
         assert seen == [want] and maps.shape == (3, 128, 8, 8)
@@ -139,6 +144,7 @@ def test_true_box_takes_the_rows_or_the_masks_and_refuses_the_rest():
     assert true_box(blot) == (3, 2, 7, 4) and true_box(blot, [0, 0, 8, 6]) == (0, 0, 8, 6)
     for box in ([-1, 0, 3, 3], [0, -1, 3, 3], [0, 0, 9, 3], [0, 0, 3, 7], [3, 0, 3, 3], [0, 3, 3, 3], [4, 0, 3, 3]):
         with pytest.raises(ValueError, match="inside 8 x 6"): true_box(blot, box)
+    with pytest.raises(ValueError, match="wanted x0, y0, x1, y1"): true_box(blot, [1, 2, 3])
     with pytest.raises(ValueError, match="without a pixel"): true_box(blot & False)
 
 

@@ -125,7 +125,8 @@ def test_the_first_stage_resumes_and_is_not_repeated(tmp_path, capsys):
     with pytest.raises(RuntimeError, match="cut off"):
         fit(T.LabelPretraining(model, scenes.label_names()), *r.rows(), r, tmp_path / "cut")
     capsys.readouterr()
-    path = T.pretrain(tmp_path / "cut", r)
+    with pytest.raises(FileExistsError, match="holds checkpoints up to checkpoint-2"): T.pretrain(tmp_path / "cut", r)
+    path = T.pretrain(tmp_path / "cut", r, resume=True)
     assert "resuming from checkpoint-2" in capsys.readouterr().out and path.name == "trunk.safetensors"
     again = load_file(path)
     assert all(torch.equal(again[k], whole[k]) for k in whole) and set(again) == set(whole)
@@ -133,28 +134,43 @@ def test_the_first_stage_resumes_and_is_not_repeated(tmp_path, capsys):
     assert all(k.startswith(("trunk.", "mask.enlarge.")) for k in again) and again["trunk.pos_embed"].dtype is torch.half
     path.write_bytes(path.read_bytes())
     changed = path.stat().st_mtime_ns
-    assert T.pretrain(tmp_path / "cut", r) == path and path.stat().st_mtime_ns == changed and not capsys.readouterr().out
+    assert T.pretrain(tmp_path / "cut", r.replace(notes="x")) == path and path.stat().st_mtime_ns == changed and not capsys.readouterr().out
+    for other, says in ((r.replace(seed=5), "seed"), (r.replace(config=SMALL | dict(dim=64)), "config")):
+        with pytest.raises(ValueError, match=f"of another {says}; wanted"): T.pretrain(tmp_path / "cut", other)
 
 
 def test_a_whole_run_makes_its_trunk_first(tmp_path, monkeypatch):
-    "`lsbook train vglaw`: both stages, the first in <out>/labels; the second run finds it there."
-    stages = []
-    def pretrain(out, r=T.LABELS.replace(steps=1, batch_size=2, eval_every=1, warmup=0, config=SMALL)):
-        stages.append(out)
-        return T_pretrain(out, r)
-    T_pretrain = T.pretrain
-    monkeypatch.setattr(T, "pretrain", pretrain)
+    "`lsbook train vglaw`: both stages, the first in <out>/labels, with the run's sizes and seed; the second run finds it there."
+    monkeypatch.setattr(T, "LABELS", T.LABELS.replace(steps=1, batch_size=2, eval_every=1, warmup=0))
     rows = lambda root=None: (Expressions(20, each=2), scenes.rows("referring", 4, split="valid"))
     r = recipe("vglaw").replace(scale="few", rows=rows, steps=1, batch_size=2, warmup=0, eval_every=1, lr=1e-9, weight_decay=0.,
                                 config=SMALL | dict(weights="vglaw-trunk"))
     got = train_(r, tmp_path)
     trunk, model = load_file(tmp_path / "labels/trunk.safetensors"), load(tmp_path)
     key = "trunk.blocks.0.attn.qkv.weight"
-    assert stages == [tmp_path / "labels"] and torch.allclose(model.state_dict()[key], trunk[key].float(), atol=1e-4)
+    assert torch.allclose(model.state_dict()[key], trunk[key].float(), atol=1e-4)
     told = json.loads(got.weights.with_suffix(".json").read_text())["recipe"]
     assert told["config"]["weights"] == "vglaw-trunk" and told == r.as_dict()      # no path of this machine
+    first = json.loads((tmp_path / "labels/recipe.json").read_text())
+    assert first["seed"] == r.seed and first["config"] == json.loads(json.dumps(SMALL))
     assert train_(r, tmp_path, resume=True).metrics.keys() == got.metrics.keys()
     assert len(list((tmp_path / "labels").glob("checkpoint-*"))) == 1
+    with pytest.raises(ValueError, match="of another seed"): train_(r.replace(seed=9), tmp_path, resume=True)
+    deaf = r.replace(seed=4, config=r.config | dict(adaptive=False, tasks=["mask"], dim=16, rank=2))
+    train_(deaf, tmp_path / "deaf")                       # another width, no words in the backbone, one head
+    trunk, model = load_file(tmp_path / "deaf/labels/trunk.safetensors"), load(tmp_path / "deaf")
+    assert torch.allclose(model.state_dict()[key], trunk[key].float(), atol=1e-4) and model.config.dim == 16 and not hasattr(model, "language")
+    for wrong, says in ((dict(heads=5), "heads: got 5"), (dict(long_side=60), "long_side: got 60"), (dict(widht=3), "widht")):
+        with pytest.raises(ValueError, match=says): train_(r.replace(config=r.config | wrong), tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_trunk_that_is_named_is_taken(tmp_path):
+    r = recipe("vglaw")
+    for weights in ("mine.safetensors", None):
+        mine = r.replace(config=r.config | dict(weights=weights, adaptive=False), no_decay=(*r.no_decay, "box."))
+        assert T.from_labels(tmp_path, mine) == mine.replace(no_decay=("trunk.pos_embed", "text.model.embeddings", "box."))
+    assert not list(tmp_path.iterdir())
 
 
 def test_real_rows_train_boxes_and_masks(tmp_path):

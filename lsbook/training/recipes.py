@@ -41,7 +41,7 @@ class Recipe:
     scale: str = "scenes"                       # "scenes" (the book's own), "paper", or another
     config: dict = field(default_factory=dict)  # fields of the model's config
     rows: Callable | None = None         # module-level function, data folder -> (train, valid) rows
-    first: Callable | None = None        # a stage before: out folder -> fields of config that it decides
+    first: Callable | None = None  # a stage before: (out folder, recipe, resume) -> the recipe to go on by
     steps: int = 1000                           # optimiser steps
     batch_size: int = 16                        # rows per optimiser step, over all processes together
     accumulate: int = 1                         # forward passes that share one optimiser step

@@ -8,6 +8,7 @@ __all__ = ['DETECTOR', 'LEAK', 'split_windows', 'join_windows', 'relative_table'
            'sincos_positions', 'AdaptiveViT', 'fit_positions', 'fit_distances', 'convert_vit', 'load_vit']
 
 # %% ../../nbs/vglaw/02_backbone.ipynb #af90870c
+import re
 import warnings
 
 import torch
@@ -114,16 +115,18 @@ class AdaptiveAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.rel_pos_h, self.rel_pos_w = (nn.Parameter(torch.zeros(2 * n - 1, dim // heads)) for n in size)
 
-    def project(self, x, weights=None):
-        "(N, H, W, D) -> (N, H, W, 3 D); `weights`: (P, Phi, Q), or None for W0 alone"
-        if weights is None: return self.qkv(x)
-        return adaptive_qkv(x.flatten(1, 2), self.qkv.weight, self.qkv.bias, *weights).view(*x.shape[:3], -1)
+    def project(self, x, weights=None, image=None):
+        "(B, H, W, D) -> (N, H, W, 3 D); `weights`: (P, Phi, Q), or None for W0 alone"
+        if weights is None: return self.qkv(x) if image is None else self.qkv(x)[image]
+        qkv = adaptive_qkv(x.flatten(1, 2), self.qkv.weight, self.qkv.bias, *weights, image)
+        return qkv.view(len(qkv), *x.shape[1:3], -1)
 
     def forward(self,
-        x: Tensor,               # (N, H, W, D)
+        x: Tensor,               # (B, H, W, D)
         weights: tuple = None,   # P (3 D, d_w), Phi (N, d_w, d_w), Q (D, d_w)
+        image: Tensor = None,    # (N,) which of the B each expression speaks of; None: N = B, one each
     ) -> Tensor:                 # (N, H, W, D)
-        qkv, whole = self.project(x, weights), x.shape[1:3]
+        qkv, whole = self.project(x, weights, image), x.shape[1:3]
         if whole != self.size: qkv = split_windows(qkv, self.size[0])
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 4, 1, 2, 5)  # each (N, heads, h, w, d)
         out = folded_attention(q, k, v, self.rel_pos_h, self.rel_pos_w).permute(0, 2, 3, 1, 4).flatten(3)
@@ -132,7 +135,8 @@ class AdaptiveAttention(nn.Module):
 # %% ../../nbs/vglaw/02_backbone.ipynb #84fa34df
 class Block(nn.Module):
     """A pre-norm transformer block: `x + attention(LN(x))`, then `x + MLP(LN(x))`. Only the attention
-    reads the words."""
+    reads the words. With `image` (N,), which of the samples each of N expressions speaks of, the first
+    LayerNorm and the products with its result are made once a sample."""
     def __init__(self,
         dim: int,
         heads: int,
@@ -145,8 +149,9 @@ class Block(nn.Module):
         self.attn, self.mlp = AdaptiveAttention(dim, heads, size), Mlp(dim, round(dim * mlp_ratio))
         self.drop_path = StochasticDepth(drop_path, "row")
 
-    def forward(self, x: Tensor, weights: tuple = None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), weights))
+    def forward(self, x: Tensor, weights: tuple = None, image: Tensor = None) -> Tensor:
+        heard = self.attn(self.norm1(x), weights, image)
+        x = (x if image is None else x[image]) + self.drop_path(heard)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 # %% ../../nbs/vglaw/02_backbone.ipynb #129df75f
@@ -190,7 +195,8 @@ def sincos_positions(grid: int, dim: int) -> Tensor:             # (1, grid, gri
 class AdaptiveViT(nn.Module):
     """A ViTDet whose blocks an expression may change: windowed attention, but for a few global blocks.
 
-    `embed` does not depend on the words and is done once an image; `forward` is done once an expression.
+    `embed` does not depend on the words and is done once an image. `forward` is done once an expression,
+    but for what block 0 makes of the tokens before it hears a word.
     VG-LAW (CVPR 2023): ViT-B, patches of 16, 448 pixels, windows of 14 x 14, blocks 2, 5, 8, 11 global (the
     released code counts from 0), no class token and no final norm."""
     def __init__(self,
@@ -216,10 +222,12 @@ class AdaptiveViT(nn.Module):
         return self.patch_embed(images) + self.pos_embed
 
     def forward(self,
-        x: Tensor,               # (N, h, w, D) from `embed`
+        x: Tensor,               # (B, h, w, D) from `embed`
         weights: list = None,    # per block (P, Phi, Q); None: the static network
+        image: Tensor = None,    # (N,) which of the B each expression speaks of; None: N = B, one each
     ) -> Tensor:                 # (N, D, h, w)
-        for i, block in enumerate(self.blocks): x = block(x, weights and weights[i])
+        for i, block in enumerate(self.blocks):
+            x = block(x, weights and weights[i], None if i else image)
         return self.norm(x).permute(0, 3, 1, 2)
 
 # %% ../../nbs/vglaw/02_backbone.ipynb #518522c9
@@ -256,11 +264,15 @@ def convert_vit(
 ) -> dict:                       # the names and sizes of `trunk`
     """A checkpoint's names and sizes brought to ours. Classifier, decoder and detection heads are dropped;
     relative positions that a ViT lacks stay zero. Warns where the weights have seen COCO, perhaps
-    RefCOCO's test images."""
+    RefCOCO's test images, and where blocks are left out. `ValueError` for one without positions."""
+    if any(k.startswith(DETECTOR) or ".rel_pos_" in k for k in state): warnings.warn(LEAK)
     if any(k.startswith(DETECTOR) for k in state):
-        warnings.warn(LEAK)
         state = {k.removeprefix(DETECTOR): v for k, v in state.items() if k.startswith(DETECTOR)}
+    if "pos_embed" not in state: raise ValueError("got no pos_embed; wanted a ViT, an MAE or a ViTDet")
     own, grid = trunk.state_dict(), trunk.pos_embed.shape[1]
+    blocks = {int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k)}
+    over = blocks - set(range(len(trunk.blocks)))
+    if over: warnings.warn(f"{len(over)} blocks, from {min(over)} on, are left out; the trunk ends before")
     found = {k: v for k, v in state.items() if k in own}
     found["pos_embed"] = fit_positions(state["pos_embed"], grid)
     for name, table in own.items():
@@ -271,7 +283,7 @@ def convert_vit(
 # %% ../../nbs/vglaw/02_backbone.ipynb #f851f65b
 def load_vit(
     trunk: AdaptiveViT,
-    path,  # a checkpoint of plain tensors, of timm's ViT, MAE or ViTDet, or of `trunk` itself
+    path,  # a checkpoint of timm's ViT, MAE, ViTDet (detectron2's .pkl too), or of `trunk` itself
 ):
     "Start a trunk from a checkpoint. `ValueError` names what is missing or of another shape."
     with named("weights"):

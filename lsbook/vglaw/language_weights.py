@@ -105,10 +105,15 @@ def materialised_qkv(
     return x @ W.mT + bias
 
 # %% ../../nbs/vglaw/01_language_weights.ipynb #550ad559
-def adaptive_qkv(x: Tensor, weight: Tensor, bias: Tensor, P: Tensor, Phi: Tensor, Q: Tensor) -> Tensor:
+def adaptive_qkv(x: Tensor, weight: Tensor, bias: Tensor, P: Tensor, Phi: Tensor, Q: Tensor,
+    image: Tensor = None,        # (N,) which row of x each of N expressions speaks of; None: one row each
+) -> Tensor:
     """`W0 x + b + (P Phi) Q^T x`: the same sum, associated so that all expressions share one product with
     W0.
 
     Arguments and result as of `materialised_qkv`. What an expression adds to memory is (3D, d_w) and (T,
-    d_w): its part is added in place, so that no second (N, T, 3D) comes to be."""
-    return F.linear(x, weight, bias).baddbmm_(x @ Q, (P @ Phi).mT)
+    d_w): its part is added in place, so that no second (N, T, 3D) comes to be. Where several expressions
+    speak of one row of `x`, what does not depend on them is computed once."""
+    static, read = F.linear(x, weight, bias), x @ Q
+    if image is not None: static, read = static[image], read[image]
+    return static.baddbmm_(read, (P @ Phi).mT)

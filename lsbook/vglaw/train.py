@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['small', 'plain', 'LABELS', 'RECIPES', 'BLANK', 'PATHS', 'VARIANTS', 'LabelMaps', 'LabelPretraining',
-           'object_accuracy', 'label_rows', 'pretrain', 'from_labels', 'shortened', 'attribute_kind',
-           'with_attribute_kinds', 'table_part', 'same', 'blank', 'score_paths', 'dissociation', 'claims']
+           'object_accuracy', 'label_rows', 'pretrain', 'same_recipe', 'spared', 'from_labels', 'shortened',
+           'attribute_kind', 'with_attribute_kinds', 'table_part', 'same', 'blank', 'score_paths', 'dissociation',
+           'claims']
 
 # %% ../../nbs/vglaw/05_train.ipynb #ddfbf917
 import os
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import scenes
-from ..files import write_atomically
+from ..files import read_json, write_atomically
 from ..images import to_images
 from ..metrics import MaskMeter, evaluate
 from ..step.model import LabelHead
@@ -107,16 +108,18 @@ LABELS = Recipe("vglaw", "labels", rows=label_rows, steps=600, batch_size=32, lr
 def pretrain(
     out,                             # folder of checkpoints and of the finished trunk.safetensors
     recipe: Recipe = LABELS,
+    resume: bool = False,            # go on where it was cut off
 ) -> Path:                           # trunk.safetensors: trunk and first deconvolution, in 16 bits
-    """The first stage: done once, resumed where it was cut off, and saved for all that comes after.
+    """The first stage: done once, and saved for all that comes after.
 
-    Several processes all call this; the first one writes."""
+    Several processes all call this; the first one writes. `ValueError` where `out` holds the trunk of
+    another recipe; else what `fit` raises."""
     path = Path(out)/"trunk.safetensors"
-    if path.exists(): return path
+    if path.exists(): return same_recipe(path, recipe)
     from lsbook.training import fit
     torch.manual_seed(recipe.seed)
     model = VGLAW(VGLAWConfig(**recipe.config))
-    fit(LabelPretraining(model, scenes.label_names()), *recipe.rows(), recipe, out, resume=True)
+    fit(LabelPretraining(model, scenes.label_names()), *recipe.rows(), recipe, out, resume)
     learned = {k: v.cpu().contiguous() for k, v in model.state_dict().items()
                if k.startswith(("trunk.", "mask.enlarge."))}
     half = {k: v.half() if v.is_floating_point() else v for k, v in learned.items()}
@@ -124,17 +127,41 @@ def pretrain(
     if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.barrier()
     return path
 
+def same_recipe(
+    path: Path,        # a finished trunk
+    recipe: Recipe,    # wanted
+) -> Path:             # `path` again
+    "`ValueError` where the recipe that lies beside a trunk is another in more than its notes."
+    now, beside = recipe.as_dict(), path.with_name("recipe.json")
+    told = read_json(beside) if beside.is_file() else now
+    other = [k for k, v in now.items() if k not in ("notes", "eval_every", "workers") and told.get(k) != v]
+    if other: raise ValueError(f"got {path}, of another {', '.join(other)}; wanted this run's, or none")
+    return path
+
+# %% ../../nbs/vglaw/05_train.ipynb #497a52ea
+def spared(config: dict) -> tuple:    # name prefixes
+    "The vectors without weight decay that a model of this config has."
+    return (plain[0], "language.aggregate", plain[1]) if config.get("adaptive", True) else plain
+
 def from_labels(
-    out,        # folder of the whole run
-) -> dict:      # fields of the config: where the trunk starts
-    "What comes first in a run of the scenes recipe: the first stage, in `<out>/labels`."
-    return dict(weights=str(pretrain(Path(out)/"labels")))
+    out,                     # folder of the whole run
+    recipe: Recipe,          # of the second stage
+    resume: bool = False,    # either stage goes on where it was cut off
+) -> Recipe:                 # the same with the trunk that it starts from
+    """What comes first in a run of the scenes recipe: the first stage in `<out>/labels`, with the sizes and
+    the seed of the second. A trunk that `weights` names in place of the shipped one is taken as it is."""
+    missing = {*spared({})} - {*spared(recipe.config)}
+    recipe = recipe.replace(no_decay=tuple(p for p in recipe.no_decay if p not in missing))
+    if recipe.config.get("weights") != RECIPES["scenes"].config["weights"]: return recipe
+    sizes = {k: v for k, v in recipe.config.items() if k not in ("weights", "tasks", "adaptive", "heads_read")}
+    path = pretrain(Path(out)/"labels", LABELS.replace(seed=recipe.seed, config=sizes), resume)
+    return recipe.replace(config=recipe.config | dict(weights=str(path)))
 
 # %% ../../nbs/vglaw/05_train.ipynb #8f08b738
 RECIPES = {
     "scenes": Recipe("vglaw", "scenes", rows=scene_rows, first=from_labels, steps=4000, batch_size=16,
         lr=2e-3, lr_scale={"trunk.": .3}, weight_decay=.02,
-        no_decay=(plain[0], "language.aggregate", plain[1]), warmup=150, clip=1., eval_every=200,
+        no_decay=spared(small), warmup=150, clip=1., eval_every=200,
         config=small | dict(weights="vglaw-trunk"),
         notes="The book's own, from the trunk of the first stage: the shipped one (`weights`), or with "
               "`lsbook train` one that is made first (`first`). Deviations from the paper: a convolutional "
@@ -159,8 +186,7 @@ def shortened(
     """The scenes recipe for a shorter training, perhaps of a variant: a tenth of it warm-up, no
     checkpoints between."""
     full = RECIPES["scenes"]
-    keep = [p for p in full.no_decay if changes.get("adaptive", True) or not p.startswith("language.")]
-    return full.replace(steps=steps, warmup=steps // 10, eval_every=steps, no_decay=tuple(keep),
+    return full.replace(steps=steps, warmup=steps // 10, eval_every=steps, no_decay=spared(changes),
                         config=full.config | changes)
 
 # %% ../../nbs/vglaw/05_train.ipynb #8ae060e7
