@@ -121,16 +121,19 @@ def used(shares: torch.Tensor) -> float:    # (B, G, N)
     first = F.one_hot(shares.argmax(1), shares.shape[1])
     return float(first.any(1).float().mean())
 
-# %% ../../nbs/groupvit/04_train.ipynb #84a35a9a
+# %% ../../nbs/groupvit/04_train.ipynb #24cf6509
 def clusters(
     x: torch.Tensor,       # (N, D) points
     k: int,
     rounds: int = 10,
     seed: int = 0,
 ) -> torch.Tensor:         # (N,) which cluster each point is in
-    "k-means (Lloyd 1982) from k different points."
+    "k-means (Lloyd 1982); it starts from points drawn far from one another (k-means++, 2007)."
     g = torch.Generator().manual_seed(seed)
-    centres = x[torch.randperm(len(x), generator=g)[:k].to(x.device)]
+    centres = x[torch.randint(len(x), (1,), generator=g)]
+    while len(centres) < k:
+        far = torch.cdist(x, centres).amin(1) ** 2 + 1e-12
+        centres = torch.cat([centres, x[torch.multinomial(far, 1, generator=g)]])
     for _ in range(rounds):
         near = torch.cdist(x, centres).argmin(1)
         member = F.one_hot(near, k).to(x)
