@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BENCHES', 'in_turns', 'PeakBytes', 'peak_bytes', 'new_labels', 'text_length', 'thousand_labels',
            'step_text_attention', 'step_folds_time', 'step_folds_memory', 'vglaw_mask_head', 'vglaw_block_time',
-           'vglaw_weights_memory', 'Bench', 'measure']
+           'vglaw_weights_memory', 'groupvit_encode', 'groupvit_segment', 'groupvit_segment_memory', 'groupvit_step',
+           'groupvit_cached_memory', 'Bench', 'measure']
 
 # %% ../../nbs/studio/03_speed.ipynb #f6406a28
 import functools
@@ -182,6 +183,80 @@ def vglaw_weights_memory(batch=16, dim=768, tokens=784, rank=32):
         forms = adaptive_qkv, materialised_qkv
         return tuple(peak_bytes(lambda: form(x, qkv.weight, qkv.bias, *factors)) - static for form in forms)
 
+# %% ../../nbs/studio/03_speed.ipynb #3c9d7e02
+@functools.lru_cache(1)
+def _two_groupvits(size=224, **config):
+    "GroupViT and transformers' with the same random weights, of the paper's size or smaller"
+    from transformers import GroupViTConfig as Theirs
+    from transformers import GroupViTModel
+
+    from lsbook.groupvit.model import GroupViT, GroupViTConfig
+    from lsbook.groupvit.official import convert
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ours = GroupViT(GroupViTConfig(image_size=size, short_side=size, drop_path=0., multi_label=0., **config))
+    other = GroupViTModel(Theirs(vision_config=dict(image_size=size)))
+    other.load_state_dict(convert(ours.state_dict(), "ours", "transformers"))
+    return ours.eval().to(device), other.eval().to(device)
+
+def _token_ids(model, texts, length=0):
+    "Texts as transformers takes them, padded to `length` or to the longest"
+    tokens = model.text.encoder.tower.tokens(texts)
+    length = length or max(map(len, tokens))
+    return torch.tensor([t + [49407] * (length - len(t)) for t in tokens], device=model.device)
+
+def groupvit_encode(size=224, batch=8, repeat=5):
+    "Seconds for the image encoder alone: fused attention and one product for q, k, v; and as transformers has it."
+    model, port = _two_groupvits(size)
+    x = torch.rand(batch, 3, size, size, device=model.device)
+    ours = lambda: model.image(x).segments
+    other = lambda: port.vision_model(model.image.normalise(x)).last_hidden_state
+    with torch.inference_mode():
+        assert torch.allclose(ours(), other(), atol=1e-4)               # the same numbers before any are timed
+        return in_turns(ours, other, repeat)
+
+# %% ../../nbs/studio/03_speed.ipynb #3c9d7e04
+def groupvit_segment(length=77, repeat=2, measure=in_turns):
+    """Seconds for the label maps of 8 images at 224 pixels and 150 labels: words cached, and as transformers
+    does it, with texts padded to `length` (0: to the longest)."""
+    model, port = _two_groupvits()
+    images = list(np.random.default_rng(0).integers(0, 256, (8, 224, 224, 3), dtype=np.uint8))
+    labels, x = _labels(150), torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(model.device) / 255
+    model.segment(images[0], labels)                                    # the words are encoded once
+    @torch.inference_mode()
+    def other():
+        ids = _token_ids(model, [f"a photo of a {label}." for label in labels], length)
+        x_ = model.image.normalise(x)
+        return port(input_ids=ids, pixel_values=x_, output_segmentation=True).segmentation_logits.argmax(1).cpu()
+    return measure(lambda: model.segment(images, labels), other, *[repeat] * (measure is in_turns))
+
+def groupvit_segment_memory():
+    "Bytes above the models for the same."
+    return groupvit_segment(0, measure=lambda ours, other: (peak_bytes(ours), peak_bytes(other)))
+
+# %% ../../nbs/studio/03_speed.ipynb #3c9d7e06
+def groupvit_step(batch=32, repeat=1):
+    "Seconds of a training step, forward and backward, without the optimiser: ours and transformers'."
+    model, port = _two_groupvits()
+    x = torch.rand(batch, 3, 224, 224, device=model.device)
+    texts = [f"a {a} beside a {b} on the grass" for a, b in zip(_labels(batch), _labels(2 * batch)[batch:])]
+    ids, pixels = _token_ids(model, texts), model.image.normalise(x)
+    def ours(): model.zero_grad(); model(images=x, texts=texts).loss.backward()
+    def other(): port.zero_grad(); port(input_ids=ids, pixel_values=pixels, return_loss=True).loss.backward()
+    model.train(), port.train()
+    try: return in_turns(ours, other, repeat)
+    finally: _two_groupvits.cache_clear()                               # batch statistics have changed
+
+def groupvit_cached_memory(batch=32, part=4):
+    "Bytes of a training step's tensors on images of 112 pixels: 4 images at a time, and all at once."
+    from lsbook.groupvit.model import GroupViT, GroupViTConfig
+    small = dict(image_size=112, text_dim=64, text_layers=1, text_heads=1, multi_label=0.)
+    x, bytes_ = torch.rand(batch, 3, 112, 112), []
+    for cached in (part, None):
+        model = GroupViT(GroupViTConfig(cached=cached, **small))
+        bytes_.append(peak_bytes(lambda: model(images=x, texts=_labels(batch)).loss.backward()))
+    return tuple(bytes_)
+
 # %% ../../nbs/studio/03_speed.ipynb #ac1c9d5b
 class Bench(NamedTuple):
     "One row: what is measured against what, and what is promised."
@@ -203,7 +278,14 @@ BENCHES = {
     "step/folds-memory": Bench(step_folds_memory, "K = 1 (ours: K = 5)", "bytes", least=1 / 1.3),
     "vglaw/mask-head": Bench(vglaw_mask_head, "the deconvolution written out", least=3),
     "vglaw/block-time": Bench(vglaw_block_time, "a static block", least=1 / 1.35),
-    "vglaw/weights-memory": Bench(vglaw_weights_memory, "a weight matrix each", "bytes", least=10)}
+    "vglaw/weights-memory": Bench(vglaw_weights_memory, "a weight matrix each", "bytes", least=10),
+    "groupvit/segment": Bench(groupvit_segment, "transformers, texts padded to 77", least=4),
+    "groupvit/segment-short": Bench(partial(groupvit_segment, 0), "transformers, texts not padded", least=1.4),
+    "groupvit/segment-memory": Bench(groupvit_segment_memory, "transformers", "bytes", least=3),
+    "groupvit/encode-224": Bench(partial(groupvit_encode, 224), "transformers' encoder", least=1.1),
+    "groupvit/encode-448": Bench(partial(groupvit_encode, 448, 2), "transformers' encoder", least=1.2),
+    "groupvit/step": Bench(groupvit_step, "transformers' step", least=1 / 1.05),
+    "groupvit/cached-memory": Bench(groupvit_cached_memory, "all images at once", "bytes", least=2)}
 
 # %% ../../nbs/studio/03_speed.ipynb #9d57285c
 def measure(
