@@ -47,6 +47,9 @@ METHODS = {     # a finished chapter adds its line here
     "vglaw": Method("lsbook.vglaw.model:VGLAW", "VG-LAW", "referring",
                     "Language Adaptive Weight Generation for Multi-task Visual Grounding", "CVPR 2023",
                     "https://arxiv.org/abs/2306.04652"),
+    "groupvit": Method("lsbook.groupvit.model:GroupViT", "GroupViT", "semantic",
+                       "GroupViT: Semantic Segmentation Emerges from Text Supervision", "CVPR 2022",
+                       "https://arxiv.org/abs/2202.11094"),
 }
 
 # %% ../../nbs/segmenter/03_storage.ipynb #76f840ef
