@@ -36,7 +36,7 @@ def assignment(
     hard = torch.zeros_like(soft).scatter(dim, soft.argmax(dim, keepdim=True), 1.)
     return hard + (soft - soft.detach())
 
-# %% ../../nbs/groupvit/01_grouping_block.ipynb #8eadbc40
+# %% ../../nbs/groupvit/01_grouping_block.ipynb #3935fba9
 def mlp(
     dim: int,           # numbers in
     hidden: int,
@@ -54,7 +54,7 @@ class TokenMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:             # (B, tokens_in, C) -> (B, tokens_out, C)
         return self.mlp(x.mT).mT
 
-# %% ../../nbs/groupvit/01_grouping_block.ipynb #6933b2bc
+# %% ../../nbs/groupvit/01_grouping_block.ipynb #aba70da3
 class CrossAttention(nn.Module):
     """Group tokens read the segments before they assign them: in the released code, not in the paper.
 
@@ -72,7 +72,7 @@ class CrossAttention(nn.Module):
         x = groups + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return self.norm_post(x + self.mlp(self.norm(x)))
 
-# %% ../../nbs/groupvit/01_grouping_block.ipynb #6f14c786
+# %% ../../nbs/groupvit/01_grouping_block.ipynb #206bd3fb
 class DotScores(nn.Module):
     "The paper's scores, the exponents of eq. (3): dot products of one head over the root of the channels"
     def __init__(self, dim: int):
@@ -97,7 +97,7 @@ class CosineScores(DotScores):
 
 SCORES = {"dot": DotScores, "cosine": CosineScores}
 
-# %% ../../nbs/groupvit/01_grouping_block.ipynb #ec642501
+# %% ../../nbs/groupvit/01_grouping_block.ipynb #05c44cb6
 class Grouped(NamedTuple):
     "What a grouping block gives"
     segments: Tensor        # (B, G, C) the new segment tokens
@@ -144,7 +144,7 @@ class GroupingBlock(nn.Module):
         new = self.out(mean @ v) + (g if self.residual else 0)              # eq. (5)
         return Grouped(new + self.mlp(self.norm_new(new)), a, soft)
 
-# %% ../../nbs/groupvit/01_grouping_block.ipynb #3e151acd
+# %% ../../nbs/groupvit/01_grouping_block.ipynb #60b567b8
 def assignment_entropy(
     soft: Tensor,       # (..., G, N) summing to 1 over the groups
 ) -> Tensor:            # (...) in [0, 1]: 0 where every segment is sure, 1 where none prefers any group
