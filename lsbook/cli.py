@@ -237,6 +237,8 @@ def main(
 ) -> int:  # exit code
     "Runs one command. An error of the caller's is one line on standard error and exit code 2."
     argv = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):     # a console that lacks a letter shows its number
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     options = vars(parser().parse_args(argv))
     run, debug, name = options.pop("run"), options.pop("debug"), options.pop("command")
     if name == "train": options["command"] = shlex.join(["lsbook", *argv])

@@ -8,6 +8,8 @@ __all__ = ['iou', 'MaskMeter', 'box_iou', 'ConfusionMatrix', 'evaluate']
 # %% ../nbs/metrics.ipynb #339191d6
 import itertools
 import math
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -189,12 +191,20 @@ def gather(self: ConfusionMatrix):
 # %% ../nbs/metrics.ipynb #2cfbf8d8
 def _answers(model, rows, batch_size, names=None):
     "Pairs of a row and what the model says of it, for this process's share of the rows: every world-th."
+    from lsbook.data import row_faults
     rank, world = _world()
+    place, asked = rank, names and list(dict.fromkeys(names))    # of equal names the first gets the pixels
+    back = names and np.array([names.index(n) for n in asked])
     sized = hasattr(rows, "select") and hasattr(rows, "__len__") # a Dataset: what is skipped is not even read
     mine = rows.select(range(rank, len(rows), world)) if sized else itertools.islice(rows, rank, None, world)
     mine = iter(mine)
     while batch := list(itertools.islice(mine, batch_size)):
-        results = model.segment([r["image"] for r in batch], names or [r["expression"] for r in batch])
+        for row in batch:
+            for fault in row_faults(row, "semantic" if names else "referring", names or ()):
+                raise ValueError(f"rows: row {place}: {fault}")
+            place += world
+        results = model.segment([r["image"] for r in batch], asked or [r["expression"] for r in batch])
+        if asked != names: results = [SimpleNamespace(label_map=back[np.asarray(r.label_map)]) for r in results]
         yield from zip(batch, results, strict=True)
 
 # %% ../nbs/metrics.ipynb #2582ed98
@@ -212,7 +222,8 @@ def _semantic(answers, size, names, trained):
     for row, got in answers: table.update(_to_size(got.label_map, size), _to_size(row["label_map"], size))
     table = table.gather()
     each, out = table.iou(), table.compute()
-    seen = torch.tensor([not trained or n in trained for n in names])
+    trained = {n.lower() for n in trained or names}
+    seen = torch.tensor([n.lower() in trained for n in names])
     if not seen.all():
         out |= {"mIoU/seen": each[seen].nanmean().item(), "mIoU/unseen": each[~seen].nanmean().item()}
     return out | {f"IoU/{name}": value for name, value in zip(names, each.tolist())}
@@ -235,11 +246,15 @@ def evaluate(
     from tqdm import tqdm
 
     from lsbook.data import label_names
+    from lsbook.segmenter.known import Untrained
     if iter(rows) is rows: raise TypeError("rows: got an iterator, readable once; wanted a list or data set")
-    columns = set(next(iter(rows), {}))
-    referring = {"image", "expression", "mask"} <= columns
-    if not referring and not {"image", "label_map"} <= columns:
-        raise ValueError(f"rows: got {sorted(columns)}; wanted image, expression, mask or image, label_map")
+    columns, tasks = set(next(iter(rows), {})), dict(referring={"image", "expression", "mask"},
+                                                     semantic={"image", "label_map"})
+    fits = [t for t, c in tasks.items() if c <= columns and getattr(model, "task", t) in (t, "")]
+    if not fits or "label" in columns:
+        wanted = tasks.get(getattr(model, "task", ""), "image, expression, mask or image, label_map")
+        raise ValueError(f"rows: got {sorted(columns)}; wanted {wanted} (of two-way rows: zero_shot)")
+    referring = fits[0] == "referring"
     if not referring: names = list(names or label_names(rows))
     rank, world = _world()
     total = len(range(rank, len(rows), world)) if hasattr(rows, "__len__") else None
@@ -248,7 +263,9 @@ def evaluate(
     training = getattr(model, "training", False)
     if training: model.eval()
     try:
-        if referring: return _referring(answers, size)
-        return _semantic(answers, size, names, getattr(getattr(model, "config", None), "labels", None))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Untrained)      # the truth is at hand
+            if referring: return _referring(answers, size)
+            return _semantic(answers, size, names, getattr(getattr(model, "config", None), "labels", None))
     finally:
         if training: model.train()

@@ -7,16 +7,18 @@ __all__ = ['check_labels', 'check_expressions', 'LabelResult', 'SemanticSegmente
 
 # %% ../../nbs/segmenter/02_answer.ipynb #629b4fe3
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 from PIL import Image
 
+from ..files import tell
 from ..images import box_of
 from ..text.words import check_texts
 from .encode import Encoded, Segmenter, _inference
+from .known import Untrained, notes_on
 from .results import Result, draw_labels, draw_mask, index_image, printable, shares
 
 # %% ../../nbs/segmenter/02_answer.ipynb #acc5696d
@@ -58,11 +60,12 @@ class LabelResult(Result):
     image: Image.Image      # the picture that came: RGB, upright, its own size
     label_map: np.ndarray   # (H, W) index into `labels`: uint8 for up to 255 labels, int32 beyond
     labels: list            # the labels in the order they were given
+    notes: list = field(default_factory=list)   # what to think of it: words or pictures that were not trained
 
     def __repr__(self):
         found = [f"{printable(s)!r} {p:.0%}" for s, p in self.shares().items()]
         if len(found) > 6: found[6:] = ["..."]
-        return f"LabelResult({self.image.width} x {self.image.height}: {', '.join(found)})"
+        return f"LabelResult({self.image.width} x {self.image.height}: {', '.join(found)}){self.said()}"
 
     def shares(self) -> dict:
         "The labels that occur in the map, with their shares of its pixels, largest first"
@@ -77,7 +80,7 @@ class LabelResult(Result):
             raise ValueError(f"label: got {label!r:.60}; wanted one of {there}")
         return self.label_map == names.index(key)
 
-    def picture(self, limit=None): return draw_labels(self.image, self.label_map, self.labels, limit)
+    def picture(self, limit=None): return draw_labels(self.image, self.label_map, self.labels, limit, self.notes)
 
     def answer(self):
         return "labels", index_image(self.label_map, self.labels), {"labels": json.dumps(list(self.labels))}
@@ -99,15 +102,18 @@ class SemanticSegmenter(Segmenter):
         batch_size: int = 16        # images in one pass of the network
     ):                              # LabelResult, or a list of them for a list
         "Gives every pixel one of `labels`, at the image's own size"
-        labels = check_labels(labels)
+        own = getattr(getattr(self, "config", None), "labels", None)     # a fixed list may hold a name twice
+        labels = list(labels) if labels and labels == own else check_labels(labels)
         items, one = self._items(image)
         kind, out = np.uint8 if len(labels) <= 255 else np.int32, [None] * len(items)
+        notes = self.notes_on_words(labels)
         with _inference(self):
             text = self.encode_text(labels)
             for places, encoded in self._batches(items, batch_size):
                 for i, e in zip(places, encoded):
                     found = self.label_map(e, text).cpu().numpy().astype(kind)
-                    out[i] = LabelResult(e.image, found, list(labels))
+                    out[i] = LabelResult(e.image, found, list(labels), notes + notes_on(self, e))
+        for note in dict.fromkeys(n for r in out for n in r.notes): tell(note, Untrained)
         return out[0] if one else out
 
 # %% ../../nbs/segmenter/02_answer.ipynb #9f552262
@@ -120,13 +126,14 @@ class MaskResult(Result):
     heatmap: np.ndarray     # (H, W) float32 in [0, 1]
     box: tuple              # x0, y0, x1, y1 in pixels, x1 and y1 past the last pixel; None for an empty mask
     score: float            # mean of the heatmap over the mask (its maximum where that is empty), in [0, 1]
+    notes: list = field(default_factory=list)   # what to think of it: words or pictures that were not trained
 
     def __repr__(self):
         box = "no box" if self.box is None else "box " + ", ".join(f"{v:.0f}" for v in self.box)
         return (f"MaskResult({self.image.width} x {self.image.height}: {printable(self.expression)!r}, "
-                f"{self.mask.mean():.0%} of the pixels, {box}, score {self.score:.2f})")
+                f"{self.mask.mean():.0%} of the pixels, {box}, score {self.score:.2f}){self.said()}")
 
-    def picture(self, limit=None): return draw_mask(self.image, self.mask, self.box, self.expression, limit)
+    def picture(self, limit=None): return draw_mask(self.image, self.mask, self.box, self.expression, limit, self.notes)
 
     def answer(self):
         return "mask", Image.fromarray(self.mask.astype(np.uint8) * 255), {"expression": self.expression}
@@ -149,7 +156,8 @@ class ReferringSegmenter(Segmenter):
         mask = heat > self.threshold
         box = box_of(mask) if box is None else map(float, box)
         score = heat[mask].mean() if mask.any() else heat.max()
-        return MaskResult(encoded.image, text, mask, heat, box and tuple(box), float(score))
+        notes = self.notes_on_words([text]) + notes_on(self, encoded)
+        return MaskResult(encoded.image, text, mask, heat, box and tuple(box), float(score), notes)
 
 # %% ../../nbs/segmenter/02_answer.ipynb #02fce684
 @patch
@@ -176,4 +184,5 @@ def segment(
                 maps, boxes = self.heatmaps([e for _, e, _ in part], [t for _, _, t in part])
                 for (i, e, t), heat, box in zip(part, maps, boxes or [None] * len(part)):
                     out[i] = self._result(e, t, heat, box)
+    for note in dict.fromkeys(n for r in out for n in r.notes): tell(note, Untrained)
     return out[0] if one_text and one_image else out

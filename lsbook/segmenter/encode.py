@@ -63,9 +63,17 @@ A segmentation model of [lsbook](https://github.com/lsbook/lsbook), safetensors 
     task needs."""
     method = ""         # its name in METHODS
     task = ""           # "semantic" or "referring"
+    learns_from = ""    # the row schema of its training, where that is not its task: "caption" or "tags"
+    open_words = False  # True where the text encoder was trained on far more words than the rows hold
     stride = 1          # the network's input is padded to a multiple of this
+    own_words = ()      # words that its training says beside those of the rows, such as "other"
 
-    def __init__(self): super().__init__()
+    def __init__(self):
+        super().__init__()
+        self.trained = None    # what its training has shown it: a `Known`
+
+    def meet(self, rows):
+        "Called by `fit` with the training rows, checked, before the first step: to take their names, or refuse"
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +140,7 @@ class Encoded:
     features: object        # what the network made of it (LSeg: a (D, h, w) tensor), padding included
     frame: Frame            # its way there and back
     owner: tuple            # the mark of the model that made it
+    notes: list = None      # what to say about the picture, once it was asked for
 
     def __repr__(self):
         (H, W), (h, w) = self.frame.image_size, self.frame.size

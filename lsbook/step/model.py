@@ -157,6 +157,13 @@ class STEP(ReferringSegmenter):
         self.config = replace(c, glove=None, weights=None, vector=self.text.embedding.embedding_dim)
         self.to(memory_format=torch.channels_last)   # the faster layout for convolutions
 
+    def meet(self, rows):
+        "With `dense`, label maps that come with the rows must count the same names."
+        if not self.config.dense or "label_map" not in next(iter(rows)): return
+        from lsbook.data import label_names
+        if (names := label_names(rows)) != list(self.config.dense):
+            raise ValueError(f"got the names {names[:5]}...; wanted config.dense, {self.config.dense[:5]}...")
+
     def train(self, mode=True):
         super().train(mode)
         if self.config.frozen: self.backbone.eval()

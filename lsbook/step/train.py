@@ -31,6 +31,7 @@ class Expressions:
         **kind,              # seed, size, split, objects, pairs, as in `lsbook.scenes.scene`
     ):
         self.n, self.each, self.blank, self.kind = n, each, blank, kind
+        self.names = scenes.label_names(kind.get("objects", "plain"))     # of the numbers in `label_map`
 
     def __len__(self): return self.n
 

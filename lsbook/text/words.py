@@ -9,7 +9,6 @@ __all__ = ['STOP_WORDS', 'check_texts', 'some', 'Report', 'split_words', 'word_m
 import hashlib
 import re
 import unicodedata
-import warnings
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from ..files import tell
 
 # %% ../../nbs/text/01_words.ipynb #20a070fd
 def check_texts(
@@ -105,8 +106,10 @@ class TextEncoder(nn.Module):
         self._said.update(unknown, cut)
         note = f" ({self.consequence})" if unknown and self.consequence else ""
         if new := Report(unknown, [*cut], [*cut.values()]):
-            warnings.warn(f"{type(self).__name__}: {new}{note}", UserWarning, stacklevel=3)
+            tell(f"{type(self).__name__}: {new}{note}")
         return tokens
+
+    def told(self, words:list): self._said.update(words) # somebody else has said that these are unknown
 
 # %% ../../nbs/text/01_words.ipynb #4ca6fce6
 def word_vector(
