@@ -155,10 +155,12 @@ def iou(self: ConfusionMatrix):  # float64 (n,)
 
 # %% ../nbs/metrics.ipynb #389f81ff
 @patch
-def compute(self: ConfusionMatrix):  # dict of floats in [0, 1]
+def compute(self: ConfusionMatrix,
+    absent: float = math.nan,   # IoU of a label that occurs nowhere: NaN leaves it out, some codes count 0
+):  # dict of floats in [0, 1]
     "`mIoU`, over the labels that occur in truth or prediction, and `accuracy`, the share of right pixels."
     M = self.matrix()
-    return {"mIoU": self.iou().nanmean().item(), "accuracy": (M.diagonal().sum() / M.sum()).item()}
+    return {"mIoU": self.iou().nan_to_num(absent).nanmean().item(), "accuracy": (M.diagonal().sum() / M.sum()).item()}
 
 # %% ../nbs/metrics.ipynb #6ea98635
 def _world():
@@ -216,12 +218,12 @@ def _referring(answers, size):
         meter.update(pred, truth, getattr(got, "box", None), row.get("box"), row.get("kind"))
     return meter.gather().compute()
 
-def _semantic(answers, size, names, trained):
+def _semantic(answers, size, names, trained, absent):
     "The semantic metrics of pairs of a row and an answer; `trained`: names that the model has seen, or None."
     table = ConfusionMatrix(len(names), 255 if len(names) <= 255 else 65535)
     for row, got in answers: table.update(_to_size(got.label_map, size), _to_size(row["label_map"], size))
     table = table.gather()
-    each, out = table.iou(), table.compute()
+    each, out = table.iou(), table.compute(absent)
     trained = {n.lower() for n in trained or names}
     seen = torch.tensor([n.lower() in trained for n in names])
     if not seen.all():
@@ -235,6 +237,7 @@ def evaluate(
     batch_size: int = 16,  # rows given to .segment at a time
     size: int = None,      # None: at each image's own size; else prediction and truth resized to this square
     names: list = None,    # semantic: the label names; None: those that travel with the rows
+    absent: float = math.nan,  # semantic: IoU of a label that occurs nowhere; published code counts 0
 ) -> dict:  # str: float
     """What a model scores on rows, through its public interface alone.
 
@@ -266,6 +269,6 @@ def evaluate(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Untrained)      # the truth is at hand
             if referring: return _referring(answers, size)
-            return _semantic(answers, size, names, getattr(getattr(model, "config", None), "labels", None))
+            return _semantic(answers, size, names, getattr(getattr(model, "config", None), "labels", None), absent)
     finally:
         if training: model.train()

@@ -420,7 +420,8 @@ def test_exact_recipes():
     "The numbers of the official code, and of the book's own."
     r = RECIPES["paper"]
     assert (r.steps, r.batch_size, r.lr, r.weight_decay, r.optimizer, r.schedule) == (303_150, 16, .004, 1e-4, "sgd", "polynomial")
-    assert r.lr_scale == {"image.neck.convs": 10., "image.neck.fusion_stage": 10., "image.head": 10.} and r.precision == "fp32"
+    block = {"regularization": 10.}
+    assert r.lr_scale == {"image.neck.convs": 10., "image.neck.fusion_stage": 10., "image.head": 10.} | block and r.precision == "fp32" and r.decay_1d
     assert r.config == dict(text="clip:ViT-B-32-quickgelu@openai", backbone="vitl16", weights="augreg_in21k_ft_in1k", long_side=520, crop=480)
     for name, images, classes in (("pascal-5i", 1464, 15), ("coco-20i", 82081, 60)):
         for fold in range(4):

@@ -103,7 +103,7 @@ def row_faults(
     if task == "semantic" and row.get("label_map") is None: yield "label_map: got None; wanted an index image"
     if task == "referring":
         mask, box = row.get("mask"), row.get("box")
-        if mask is None and box is None: yield "row: got neither mask nor box; wanted one of them"
+        if mask is None and box is None: yield "mask, box: got neither; wanted one of them"
         for b in [] if box is None else np.reshape(box, (-1, 4)).tolist():
             if not (b[2] > b[0] and b[3] > b[1]): yield f"box: got {b}; wanted x0 < x1 and y0 < y1 in pixels"
     for c in ("expression", "caption"):

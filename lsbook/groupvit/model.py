@@ -248,7 +248,7 @@ class GroupViT(SemanticSegmenter):
     """GroupViT (Xu et al., CVPR 2022): learns from captions alone, and gives every pixel one of any labels.
 
     `encode_image(image).features`: segments (G, D), image (D,), and soft maps, one for each stage."""
-    method = "groupvit"
+    method, learns_from = "groupvit", "caption"
 
     def __init__(self, config: GroupViTConfig):
         super().__init__()
@@ -260,7 +260,7 @@ class GroupViT(SemanticSegmenter):
         self.log_scale = nn.Parameter(torch.tensor(first))
         if c.loss == "captions": self.log_scale_nouns = nn.Parameter(torch.tensor(first))
         self.noun_prompts = NounPrompts(c.prompts, c.template)
-        self.stride = self.image.stem.stride
+        self.stride, self.open_words = self.image.stem.stride, c.text != "words"
         if c.init: self.apply(self.reset)
 
     def reset(self, m):

@@ -96,6 +96,7 @@ class LSegConfig:
     weights: str = None                       # to start the backbone from: see `DenseEncoder`
     regularization: str = "bottleneck"        # or "depthwise"
     depth: int = 0                            # applications of the regularisation block, 0 to 4
+    activation: str = "lrelu"                 # between them: "lrelu", "relu" or "tanh"
     long_side: int = 520                      # images are resized to this before the network sees them
     crop: int = None                          # side of augmented training crops; None: whole images
     other: float = 0.                         # up to this share of a batch's labels is called "other"
@@ -117,7 +118,7 @@ class LSeg(SemanticSegmenter):
         self.text = TextCache(text_encoder(config.text, **options)).requires_grad_(False)
         self.image = DenseEncoder(config.backbone, self.text.dim, config.fusion, config.width, config.weights)
         self.image.to(memory_format=torch.channels_last)   # the faster layout for convolutions
-        self.regularization = SpatialRegularization(config.regularization, config.depth)
+        self.regularization = SpatialRegularization(config.regularization, config.depth, config.activation)
         self.stride, self.open_words = self.image.stride, config.text != "words"
         self.own_words = ("other",) if config.other else ()
 

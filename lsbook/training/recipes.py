@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..files import one_of
+
+
 # %% ../../nbs/training/01_recipes.ipynb #79c18e7f
 CHOICES = dict(optimizer=("adamw", "adam", "sgd"), schedule=("cosine", "polynomial", "constant"),
                precision=("fp32", "bf16"))
@@ -47,7 +50,8 @@ class Recipe:
     accumulate: int = 1                         # forward passes that share one optimiser step
     lr: float = 1e-3                            # peak learning rate, of parameters with multiplier 1
     optimizer: str = "adamw"                    # "adamw" | "adam" | "sgd" (momentum 0.9)
-    weight_decay: float = 0.                    # on matrices and kernels; never on 1-D parameters
+    weight_decay: float = 0.                    # on matrices and kernels
+    decay_1d: bool = False                      # on parameters of one dimension too
     no_decay: tuple = ()                        # name prefixes of parameters without weight decay
     schedule: str = "cosine"                    # "cosine" | "polynomial" (power 0.9) | "constant"
     warmup: int = 0                             # steps of linear rise from 0 to lr
@@ -87,9 +91,9 @@ def recipe(
 
     `ValueError` for an unknown method or scale names those there are."""
     from lsbook.segmenter import METHODS
-    if method not in METHODS: raise ValueError(f"method: got {method!r}; wanted {', '.join(METHODS)}")
+    if method not in METHODS: raise ValueError(f"method: got {method!r}; {one_of(method, METHODS)}")
     recipes = importlib.import_module(f"lsbook.{method}.train").RECIPES
-    if scale not in recipes: raise ValueError(f"scale: got {scale!r}; {method} has {', '.join(recipes)}")
+    if scale not in recipes: raise ValueError(f"scale: got {scale!r} for {method}; {one_of(scale, recipes)}")
     return recipes[scale]
 
 # %% ../../nbs/training/01_recipes.ipynb #124b0bac
@@ -100,18 +104,20 @@ def parameter_groups(
     """A model's trainable parameters, grouped by learning rate and weight decay.
 
     The multiplier is that of the longest prefix in `lr_scale` that fits a name, else 1. No weight decay for
-    tensors of one dimension and for names that begin with one of `no_decay`.
-    `ValueError` for a prefix that no parameter has, and for a model with nothing to train."""
+    tensors of one dimension, unless `decay_1d`, and for names that begin with one of `no_decay`.
+    `ValueError` for a prefix that no parameter or module has, and for a model with nothing to train."""
     named, groups = list(model.named_parameters()), {}
+    there = [name for name, _ in (*named, *model.named_modules())]
     for prefix in (*recipe.lr_scale, *recipe.no_decay):
-        if not any(name.startswith(prefix) for name, _ in named):
+        if not any(name.startswith(prefix) for name in there):
             there = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in named))
             raise ValueError(f"lr_scale, no_decay: no parameter begins with {prefix!r}; there are {there}")
     for name, p in named:
         if not p.requires_grad: continue
         fits = [prefix for prefix in recipe.lr_scale if name.startswith(prefix)]
         scale = recipe.lr_scale[max(fits, key=len)] if fits else 1.
-        decay = recipe.weight_decay if p.ndim > 1 and not name.startswith(tuple(recipe.no_decay)) else 0.
+        free = p.ndim < 2 and not recipe.decay_1d or name.startswith(tuple(recipe.no_decay))
+        decay = 0. if free else recipe.weight_decay
         empty = dict(params=[], names=[], lr=recipe.lr * scale, scale=scale, weight_decay=decay)
         group = groups.setdefault((scale, decay), empty)
         group["params"].append(p); group["names"].append(name)
