@@ -128,6 +128,7 @@ class VGLAW(ReferringSegmenter):
         if "box" in c.tasks: self.box = BoxHead(pool, c.dim, c.head_dim)
         if "mask" in c.tasks: self.mask = MaskHead(c.dim, c.head_dim, d)
         self.stride, self.threshold = self.trunk.patch_embed.stride, c.threshold
+        self.open_words = not c.words
         self.config = replace(c, weights=None)           # a saved model has nothing to read again
         if c.weights: start_from(self, c.weights)
 
