@@ -7,7 +7,6 @@ __all__ = ['METHODS', 'AUTHORS', 'Method', 'method_class', 'save_weights', 'conf
 
 # %% ../../nbs/segmenter/03_storage.ipynb #e4d12170
 import dataclasses
-import difflib
 import importlib
 import importlib.resources
 import json
@@ -24,8 +23,9 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..files import load_tensors, named, read_json, read_tensors, tied, write_atomically
+from ..files import load_tensors, named, one_of, read_json, read_tensors, tied, write_atomically
 from .encode import Segmenter
+from .known import Known
 
 # %% ../../nbs/segmenter/03_storage.ipynb #fb648143
 class Method(NamedTuple):
@@ -53,16 +53,11 @@ METHODS = {     # a finished chapter adds its line here
 }
 
 # %% ../../nbs/segmenter/03_storage.ipynb #76f840ef
-def _one_of(got, names):
-    "The end of a complaint: what there is, and the name that was nearly met"
-    near = difflib.get_close_matches(str(got), names, 1)
-    return f"wanted one of {', '.join(sorted(names))}" + (f"; did you mean {near[0]!r}?" if near else "")
-
 def method_class(
     method: str     # a name in METHODS
 ) -> type:
     "The class of a method, imported when it is first asked for"
-    if method not in METHODS: raise ValueError(f"method: got {method!r:.60}; {_one_of(method, METHODS)}")
+    if method not in METHODS: raise ValueError(f"method: got {method!r:.60}; {one_of(method, METHODS)}")
     module, name = METHODS[method].cls.split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -88,7 +83,8 @@ def _write(model, weights, path, metadata, half=False):
         state.update({k: t for k, t in small.items() if torch.isfinite(t).all()})
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "lsbook": importlib.import_module("lsbook").__version__}
-    info = _plain({"versions": versions, **metadata, "method": model.method, "config": model.config})
+    info = _plain({"versions": versions, **metadata, "method": model.method, "config": model.config,
+                   "trained": model.trained})
     text = json.dumps(info, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     header = {"format": "pt", "method": model.method}
     write_atomically(weights, lambda p: save_file(state, p, metadata=header))
@@ -105,7 +101,7 @@ def save_weights(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path: got {str(path)!r}; wanted an ending .safetensors")
-    for k in {"method", "config"} & set(metadata):
+    for k in {"method", "config", "trained"} & set(metadata):
         raise ValueError(f"metadata: got {k!r}, which comes from the model itself; wanted other names")
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(model, path, path.with_suffix(".json"), metadata, half)
@@ -123,11 +119,13 @@ def config_from(
     if not isinstance(values, dict): raise ValueError(f"config: got {values!r:.60}; wanted its fields")
     hints, out = typing.get_type_hints(kind), {}
     for k, v in values.items():
-        if k not in hints: raise ValueError(f"config: got the field {k!r:.60}; {_one_of(k, hints)}")
+        if k not in hints: raise ValueError(f"config: got the field {k!r:.60}; {one_of(k, hints)}")
         wanted = (int, float) if hints[k] is float else hints[k]
         if wanted is tuple and isinstance(v, list): v = tuple(v)
         if v is not None and not isinstance(v, wanted):
             raise ValueError(f"config.{k}: got {v!r:.60}; wanted {hints[k].__name__}")
+        if type(v) in (int, float) and not v >= 0:
+            raise ValueError(f"config.{k}: got {v}; wanted 0 or more")   # no config of the book has a use for less
         out[k] = v
     try: return kind(**out)
     except TypeError as e: raise ValueError(f"config: {e}") from e      # a field without a default is missing
@@ -145,12 +143,12 @@ def read_metadata(
         raise ValueError(f'no metadata in {str(path)!r}; wanted {{"method": ..., "config": {{...}}}}')
     method = info.get("method")
     if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"got the method {method!r:.60} in {str(path)!r}; {_one_of(method, METHODS)}")
+        raise ValueError(f"got the method {method!r:.60} in {str(path)!r}; {one_of(method, METHODS)}")
     return info
 
 # %% ../../nbs/segmenter/03_storage.ipynb #adf8493c
-def _build(cls, config, weights):
-    "A model of that class with its weights, in evaluation mode"
+def _build(cls, config, weights, trained):
+    "A model of that class with its weights, and what its training has shown it; in evaluation mode"
     from safetensors import SafetensorError, safe_open
     if not Path(weights).is_file(): raise FileNotFoundError(f"no file {str(weights)!r}")
     try:
@@ -163,11 +161,12 @@ def _build(cls, config, weights):
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"got a config that builds no {cls.__name__} ({type(e).__name__}: {e})") from e
     load_tensors(model, read_tensors(weights))
+    model.trained = trained and config_from(Known, trained)
     return model.eval()
 
-_NO_PICKLES = ("wanted .safetensors. A pickle (.pt, .ckpt, .bin) can run code when it is read, so none is. "
-               "To convert one you trust: safetensors.torch.save_file(torch.load(path, weights_only=True), "
-               "'x.safetensors')")
+_NO_PICKLES = ("wanted .safetensors. A pickle (.pt, .ckpt, .bin) can run code when it is read, so none is. A published "
+               "LSeg: `lsbook convert x.ckpt -o folder`. Others, tensors only: "
+               "safetensors.torch.save_file(lsbook.files.read_tensors(path), 'x.safetensors')")
 
 # %% ../../nbs/segmenter/03_storage.ipynb #cefc8c96
 def shipped(
@@ -201,7 +200,7 @@ def _from_hub(name, hub):
             raise ValueError(f"on the hub it lacks model.safetensors or config.json; {_NO_PICKLES}") from e
         why = (str(e).strip().splitlines() or [""])[0]
         raise FileNotFoundError(f"no folder or file here, and the hub did not give it ({type(e).__name__}: "
-                                f"{why:.200}); {_one_of(name, METHODS)}, or a hub id owner/name") from e
+                                f"{why:.200}); {one_of(name, METHODS)}, or a hub id owner/name") from e
 
 # %% ../../nbs/segmenter/03_storage.ipynb #5d4c1e01
 AUTHORS = {"groupvit": "lsbook.groupvit.official:published"}    # `model_type` in config.json -> its reader
@@ -232,7 +231,7 @@ def _find(name, hub):
     if path.is_dir(): raise FileNotFoundError(f"a folder without a .safetensors file; {_NO_PICKLES}")
     if path.is_file(): raise ValueError(f"no .safetensors file; {_NO_PICKLES}")
     if not _HUB_ID.fullmatch(str(name)):
-        raise FileNotFoundError(f"no folder or file here; {_one_of(name, METHODS)}, or a hub id owner/name")
+        raise FileNotFoundError(f"no folder or file here; {one_of(name, METHODS)}, or a hub id owner/name")
     return _from_hub(str(name), hub)
 
 def load(
@@ -260,7 +259,7 @@ def load(
         if not weights.is_file(): raise FileNotFoundError(f"no file {str(weights)!r}")
         info = read_metadata(path)
         cls = method_class(info["method"])
-        return _build(cls, config_from(cls, info["config"]), weights).to(device)
+        return _build(cls, config_from(cls, info["config"]), weights, info.get("trained")).to(device)
 
 # %% ../../nbs/segmenter/03_storage.ipynb #9a1176d6
 @patch
@@ -278,5 +277,4 @@ def _from_pretrained(cls: Segmenter, *, model_id, config=None, **hub):
     "What the mixin calls once it has read the config: every tensor, out of safetensors only"
     here = Path(model_id)
     weights, path = _pair(here / "model.safetensors") if here.is_dir() else _from_hub(model_id, hub)
-    read_metadata(path)
-    return _build(cls, config, weights)
+    return _build(cls, config, weights, read_metadata(path).get("trained"))
