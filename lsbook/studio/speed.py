@@ -206,7 +206,7 @@ def _token_ids(model, texts, length=0):
     return torch.tensor([t + [49407] * (length - len(t)) for t in tokens], device=model.device)
 
 def groupvit_encode(size=224, batch=32, repeat=2):
-    "Seconds for the image encoder alone: fused attention, one product for q, k, v; and as transformers has it."
+    "Seconds for the image encoder alone: fused attention, one product for q, k, v; and transformers'."
     model, port = _two_groupvits(size)
     x = torch.rand(batch, 3, size, size, device=model.device)
     ours = lambda: model.image(x).segments
@@ -247,7 +247,7 @@ def groupvit_step(batch=32, repeat=1):
     try: return in_turns(ours, other, repeat)
     finally: _two_groupvits.cache_clear()                               # batch statistics have changed
 
-def groupvit_cached_memory(batch=16, part=4):
+def groupvit_cached_memory(batch=32, part=4):
     "Bytes of a training step's tensors on images of 112 pixels: 4 images at a time, and all at once."
     from lsbook.groupvit.model import GroupViT, GroupViTConfig
     small = dict(image_size=112, text_dim=64, text_layers=1, text_heads=1, multi_label=0.)
