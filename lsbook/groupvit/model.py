@@ -35,6 +35,7 @@ from lsbook.groupvit.contrastive import (
 )
 from .grouping_block import GroupingBlock, TokenMixer, assignment
 from ..images import to_images
+from ..lseg.pixel_text import running_argmax
 from ..losses import in_float32
 from ..segmenter import SemanticSegmenter
 from ..text import TextCache, TextEncoder
@@ -317,7 +318,8 @@ def label_map(self: GroupViT,
     size = f["maps"][0].shape[-2:]
     maps = compose([f["maps"][0].flatten(-2), *f["maps"][1:]]).unflatten(-1, size)
     maps = self.to_image_size(maps, encoded)                                # (G, H, W)
-    return (labels.T @ maps.flatten(1)).argmax(0).view(maps.shape[1:])
+    some = lambda i: torch.einsum("gn,ghw->nhw", labels[:, i:i + 16], maps)[None]  # 16 labels at a time
+    return running_argmax(some(i) for i in range(0, len(text), 16))[1][0]
 
 # %% ../../nbs/groupvit/03_model.ipynb #1abafbb1
 def solved(logits: Tensor, present: Tensor) -> Tensor:     # (B, G, N), (B, N) bool -> (B,) in (0, 1)
