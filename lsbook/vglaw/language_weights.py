@@ -16,8 +16,8 @@ class LanguageAggregation(nn.Module):
     of channels.
 
     VG-LAW (Su et al., CVPR 2023), language feature aggregation. The scale `1/sqrt(d/G)` and the masking of
-    padding are those of the released code; the equation prints neither. `e_i ~ N(0, 1)` is ours: small
-    ones read all alike."""
+    padding are those of the released code; the equation prints neither. Deviation: `e_i ~ N(0, 1)`; the
+    released code's are small, within 1/sqrt(d), and read all alike at first."""
     def __init__(self,
         dim: int,                # d, channels of a word
         layers: int,             # how many layers of the image network read
