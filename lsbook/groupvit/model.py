@@ -126,7 +126,7 @@ class Stage(nn.Module):
         if not n: return
         self.grouping = GroupingBlock(c.dim, c.heads, n, c.groups[i], c.mlp_ratio, c.assign, c.scores, c.eps,
                                       c.mixer, c.pre_assign, c.residual)
-        if not c.init:                                          # what joins a group arrives as it is, at first
+        if not c.init:                                         # what joins a group arrives as it is, at first
             nn.init.eye_(self.grouping.out.weight)
             nn.init.zeros_(self.grouping.out.bias)
         std = 0. if before and c.init else c.init or 1.         # where some are carried on: zero
