@@ -6,7 +6,7 @@
 __all__ = ['VOC_WORDS', 'PROTOCOLS', 'segment_shares', 'segment_labels', 'ensembled', 'affinity', 'background', 'windows',
            'Protocol', 'ZeroShot', 'sweep']
 
-# %% ../../nbs/groupvit/05_zero_shot.ipynb #34f2ab61
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #71ae2448
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data import VOC_NAMES
-from .model import GroupViT, compose
 from ..images import to_image, to_images
 from ..lseg.pixel_text import running_argmax
 from ..metrics import ConfusionMatrix
 from ..segmenter import LabelResult, check_labels
 from ..segmenter.encode import _inference
+from .model import GroupViT, compose
 
 # %% ../../nbs/groupvit/05_zero_shot.ipynb #a4a630b2
 def segment_shares(
