@@ -269,22 +269,87 @@ def child(out):
         except ValueError as e: assert "[2, 3]" in str(e), e
         else: raise AssertionError("unequal batches went through")
     assert everyones(["a", "b"] if rank else ["c", "a"]) == ["a", "b", "c"]
+    found = dict(losses=found)
+    for loss in ("captions", "nouns"):
+        net = groupvit(loss)
+        found[loss] = groupvit_gradients(net, accelerator.prepare(net), loss, rank, world)
+        found[loss][0].copy_(accelerator.reduce(found[loss][0], "mean"))
     if not rank: torch.save(found, out)
     accelerator.end_training()
 
 
-def test_two_processes_equal_one(tmp_path):
-    "Loss and gradients, to 1e-5: captions, prompts in both forms, nouns; also with the images encoded one at a time"
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    "What two processes found"
+    out = tmp_path_factory.mktemp("two") / "found"
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    got = subprocess.run([*accelerate, __file__, str(tmp_path / "found")], env=env, capture_output=True, text=True, timeout=300)
+    got = subprocess.run([*accelerate, __file__, str(out)], env=env, capture_output=True, text=True, timeout=300)
     assert got.returncode == 0, got.stderr[-3000:]
+    return torch.load(out)
+
+
+def test_two_processes_equal_one(together):
+    "Loss and gradients, to 1e-5: captions, prompts in both forms, nouns; also with the images encoded one at a time"
     net = Net()
     want = measured(net, net)
-    for found in torch.load(tmp_path / "found"):
+    for found in together["losses"]:
         assert len(found) == len(want)
         for a, b in zip(found, want): assert torch.allclose(a, b, atol=1e-5), (a, b)
+
+
+# --- the whole model
+
+SMALL = dict(dim=16, heads=2, depths=(1, 1), group_tokens=(4, 0), groups=(4, 0), image_size=16, patch=4, drop_path=0., assign="hard",
+             text="words", words=["dog", "sky", "sea", "car", "road", "boat"], embed_dim=8, projector=12, template="bare", augment=False)
+
+
+def groupvit(loss):
+    from lsbook.groupvit.model import GroupViT, GroupViTConfig
+    torch.manual_seed(0)
+    return GroupViT(GroupViTConfig(loss=loss, **SMALL))
+
+
+def groupvit_gradients(model, wrapped, loss, rank=0, world=1):
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    words, n = SMALL["words"], 4 // world
+    mine, three = slice(rank * n, rank * n + n), slice(3 * rank * n, 3 * (rank * n + n))
+    nouns = [["dog", "sky"], ["sea"], ["car", "road"], ["sky", "boat"]]
+    about = ["dog", "sky", "sky", "sea", "boat", "sea", "car", "road", "car", "sky", "boat", "boat"]
+    if loss == "captions": batch = dict(texts=["dog sky", "sea", "car road", "sky boat"][mine], prompts=about[three], about=about[three])
+    else:
+        texts = everyones([w for row in nouns[mine] for w in row])
+        batch = dict(texts=texts, present=torch.tensor([[t in row for t in texts] for row in nouns[mine]]))
+    got = wrapped(images=images[mine], **batch).loss
+    got.backward()
+    running = [t.clone() for name, t in model.named_buffers() if "running" in name]
+    return [got.detach()] + [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()] + running
+
+
+@pytest.mark.parametrize("loss", ["captions", "nouns"])
+def test_two_processes_of_the_model_equal_one(together, loss):
+    "BatchNorm of the projectors included: its statistics are those of the whole batch"
+    model = groupvit(loss)
+    want = groupvit_gradients(model, model, loss)
+    for a, b in zip(together[loss], want, strict=True): assert torch.allclose(a, b, atol=1e-5), (a, b)
+
+
+def test_not_a_number_stops_the_training_and_keeps_the_last_good_state(tmp_path):
+    "Logits of one step are NaN: the error names the step, whose batch depends on nothing but seed and step; the checkpoint before is kept"
+    from lsbook.scenes import rows
+    from lsbook.training import Recipe, fit, newest_checkpoint
+    from safetensors.torch import load_file
+    model, steps = groupvit("nouns"), [0]
+    def spoil(module, args, out):
+        steps[0] += module.training
+        return out * float("nan") if steps[0] == 7 else out
+    model.projector.register_forward_hook(spoil)
+    recipe = Recipe("groupvit", steps=12, batch_size=4, eval_every=3)
+    with pytest.raises(FloatingPointError, match="not a finite number at step 7.*checkpoints are kept"):
+        fit(model, rows("caption", 12), None, recipe, out=tmp_path)
+    assert newest_checkpoint(tmp_path).name == "checkpoint-6"
+    assert all(t.isfinite().all() for t in load_file(newest_checkpoint(tmp_path) / "model.safetensors").values())
 
 
 # --- rows from shards
