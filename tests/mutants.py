@@ -1182,7 +1182,6 @@ ROOMS = {
         ("(2 * y.sum().clamp(min=1))", "y.sum().clamp(min=1)"),
         ("(2 * y.sum().clamp(min=1))", "(2 * y.sum())"),
         ("(2 * y.sum().clamp(min=1))", "(2 * len(y))"),
-        ("return sorted({*chain(*lists)})", "return list({*chain(*lists)})[::-1]"),
         ("if size is None or len(x) <= size: return encode(x)", "if size is None or len(x) < size: return encode(x)"),
         ("checkpoint(encode, part, use_reentrant=False)", "encode(part)"),
         ("checkpoint(encode, part, use_reentrant=False)", "checkpoint(encode, part, use_reentrant=False, preserve_rng_state=False)"),

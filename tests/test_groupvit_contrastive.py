@@ -227,10 +227,10 @@ class Net(nn.Module):
 
     def forward(self, x, captions, names, prompts, about, nouns, size=None):
         v, scale = in_parts(self.image, x, size), clamped_scale(self.log_scale)
-        words = everyones([w for row in nouns for w in row])
+        words = sorted({w for row in nouns for w in row})
+        words, present = everyones(words, torch.tensor([[w in row for w in words] for row in nouns]))
         table = torch.stack([self.words[w.replace(" ", "_")] for w in words])
         segments = torch.stack([v, v.tanh(), -v], 1)
-        present = torch.tensor([[w in row for w in words] for row in nouns])
         return torch.stack([image_text_loss(v, self.text(captions), scale, text_ids(names)),
                             image_text_loss(v, self.text(prompts), scale, text_ids(about)),
                             image_text_loss(v, self.text(prompts), scale, inside=True),
@@ -268,7 +268,8 @@ def child(out):
         try: f()
         except ValueError as e: assert "[2, 3]" in str(e), e
         else: raise AssertionError("unequal batches went through")
-    assert everyones(["a", "b"] if rank else ["c", "a"]) == ["a", "b", "c"]
+    words, present = everyones(["a", "b"] if rank else ["c", "a"], torch.tensor([[True, False], [True, True]]))
+    assert words == ["a", "b", "c"] and present.int().tolist() == ([[1, 0, 0], [1, 1, 0]] if rank else [[0, 0, 1], [1, 0, 1]])
     found = dict(losses=found)
     for loss in ("captions", "nouns"):
         net = groupvit(loss)
@@ -302,24 +303,25 @@ def test_two_processes_equal_one(together):
 # --- the whole model
 
 SMALL = dict(dim=16, heads=2, depths=(1, 1), group_tokens=(4, 0), groups=(4, 0), image_size=16, patch=4, drop_path=0., assign="hard",
-             text="words", words=["dog", "sky", "sea", "car", "road", "boat"], embed_dim=8, projector=12, template="bare", augment=False)
+             text="words", words=["dog", "sky", "sea", "car", "road", "boat"], embed_dim=8, template="bare", augment=False)
 
 
 def groupvit(loss):
     from lsbook.groupvit.model import GroupViT, GroupViTConfig
     torch.manual_seed(0)
-    return GroupViT(GroupViTConfig(loss=loss, **SMALL))
+    model = GroupViT(GroupViTConfig(loss=loss, **SMALL | dict(projector=12 if loss == "captions" else 0)))
+    return model.double() if loss == "captions" else model          # BatchNorm over 4 rows magnifies rounding
 
 
 def groupvit_gradients(model, wrapped, loss, rank=0, world=1):
-    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(model.dtype)
     words, n = SMALL["words"], 4 // world
     mine, three = slice(rank * n, rank * n + n), slice(3 * rank * n, 3 * (rank * n + n))
     nouns = [["dog", "sky"], ["sea"], ["car", "road"], ["sky", "boat"]]
     about = ["dog", "sky", "sky", "sea", "boat", "sea", "car", "road", "car", "sky", "boat", "boat"]
     if loss == "captions": batch = dict(texts=["dog sky", "sea", "car road", "sky boat"][mine], prompts=about[three], about=about[three])
     else:
-        texts = everyones([w for row in nouns[mine] for w in row])
+        texts = sorted({w for row in nouns[mine] for w in row})
         batch = dict(texts=texts, present=torch.tensor([[t in row for t in texts] for row in nouns[mine]]))
     got = wrapped(images=images[mine], **batch).loss
     got.backward()
@@ -347,7 +349,7 @@ def test_not_a_number_stops_the_training_and_keeps_the_last_good_state(tmp_path)
     model.projector.register_forward_hook(spoil)
     recipe = Recipe("groupvit", steps=12, batch_size=4, eval_every=3)
     with pytest.raises(FloatingPointError, match="not a finite number at step 7.*checkpoints are kept"):
-        fit(model, rows("caption", 12), None, recipe, out=tmp_path)
+        with pytest.warns(UserWarning, match="unknown"): fit(model, rows("caption", 12), None, recipe, out=tmp_path)
     assert newest_checkpoint(tmp_path).name == "checkpoint-6"
     assert all(t.isfinite().all() for t in load_file(newest_checkpoint(tmp_path) / "model.safetensors").values())
 

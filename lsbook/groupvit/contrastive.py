@@ -152,14 +152,17 @@ def noun_loss(
 
 # %% ../../nbs/groupvit/02_contrastive.ipynb #4c1a0f3e
 def everyones(
-    words: list,             # of this process's batch
-) -> list:                   # of all processes' batches, sorted, each once
-    "The words of all processes, so that all have the same list."
-    lists = [[*words]]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        lists = [None] * dist.get_world_size()
-        dist.all_gather_object(lists, [*words])
-    return sorted({*chain(*lists)})
+    words: list,             # N words of this process's batch, each once
+    present: Tensor,         # (B, N) bool
+) -> tuple:                  # M words of all processes, sorted; (B, M) bool
+    "The words of all processes' batches, and which of them are present in this one: the same columns everywhere."
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return words, present
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, words)
+    place = {word: i for i, word in enumerate(sorted({*chain(*lists)}))}
+    wide = present.new_zeros(len(present), len(place))
+    wide[:, [place[word] for word in words]] = present
+    return list(place), wide
 
 # %% ../../nbs/groupvit/02_contrastive.ipynb #4c1a0f47
 def in_parts(

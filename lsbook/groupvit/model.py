@@ -36,7 +36,7 @@ from lsbook.groupvit.contrastive import (
 from .grouping_block import GroupingBlock, TokenMixer, assignment
 from ..images import to_images
 from ..lseg.pixel_text import running_argmax
-from ..losses import in_float32
+from ..losses import gather, in_float32
 from ..segmenter import SemanticSegmenter
 from ..text import TextCache, TextEncoder
 from ..text.pretrained import byte_pairs, clip_tokenizer
@@ -228,8 +228,12 @@ def projector(dim: int, hidden: int, out: int) -> nn.Module:
     return nn.Sequential(nn.Linear(dim, hidden), Rows(hidden), nn.ReLU(True), nn.Linear(hidden, out))
 
 class Rows(nn.BatchNorm1d):
-    "BatchNorm over all rows, of vectors (B, C) or tokens (B, N, C)"
-    def forward(self, x): return super().forward(x.flatten(0, -2)).view_as(x)
+    "BatchNorm over all rows, of vectors (B, C) or tokens (B, N, C); in training over those of all processes"
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        everyones = gather(rows) if self.training else rows
+        first = torch.distributed.get_rank() * len(rows) if len(everyones) > len(rows) else 0
+        return super().forward(everyones)[first:first + len(rows)].view_as(x)
 
 class TextSide(TextEncoder):
     "Text tower and projector"
@@ -391,7 +395,7 @@ def collate(self: GroupViT,
     if c.loss == "captions":
         prompts, about = self.noun_prompts(captions, nouns) if c.multi_label else (None, None)
         return dict(images=images, texts=captions, prompts=prompts, about=about)
-    texts = everyones({n for ns in nouns for n in ns})
+    texts = sorted({n for ns in nouns for n in ns})
     return dict(images=images, texts=texts, present=torch.tensor([[t in ns for t in texts] for ns in nouns]))
 
 @patch
@@ -416,6 +420,7 @@ def forward(self: GroupViT,
             loss = loss + c.multi_label * image_text_loss(image, self.text(prompts), scale,
                                                           text_ids(about, image.device))
         return AttrDict(loss=loss, logits=image, soft=soft)
+    texts, present = everyones(texts, present)
     text = F.normalize(self.text(texts), dim=-1)
     against = lambda x: self.scale * self.unit(x) @ text.T
     logits = against(x)
