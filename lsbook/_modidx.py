@@ -1146,6 +1146,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'lsbook/vglaw/language_weights.py'),
                                                'lsbook.vglaw.language_weights.adaptive_qkv': ( 'vglaw/language_weights.html#adaptive_qkv',
                                                                                                'lsbook/vglaw/language_weights.py'),
+                                               'lsbook.vglaw.language_weights.architecture': ( 'vglaw/language_weights.html#architecture',
+                                                                                               'lsbook/vglaw/language_weights.py'),
                                                'lsbook.vglaw.language_weights.materialised_qkv': ( 'vglaw/language_weights.html#materialised_qkv',
                                                                                                    'lsbook/vglaw/language_weights.py')},
             'lsbook.vglaw.model': { 'lsbook.vglaw.model.VGLAW': ('vglaw/model.html#vglaw', 'lsbook/vglaw/model.py'),

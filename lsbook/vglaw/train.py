@@ -153,7 +153,8 @@ def from_labels(
     missing = {*spared({})} - {*spared(recipe.config)}
     recipe = recipe.replace(no_decay=tuple(p for p in recipe.no_decay if p not in missing))
     if recipe.config.get("weights") != RECIPES["scenes"].config["weights"]: return recipe
-    sizes = {k: v for k, v in recipe.config.items() if k not in ("weights", "tasks", "adaptive", "heads_read")}
+    later = ("weights", "tasks", "adaptive", "heads_read")          # what the first stage does not know
+    sizes = {k: v for k, v in recipe.config.items() if k not in later}
     path = pretrain(Path(out)/"labels", LABELS.replace(seed=recipe.seed, config=sizes), resume)
     return recipe.replace(config=recipe.config | dict(weights=str(path)))
 
