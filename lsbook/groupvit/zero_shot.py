@@ -21,7 +21,7 @@ from ..segmenter import LabelResult, check_labels
 from ..segmenter.encode import _inference
 from .model import GroupViT, compose
 
-# %% ../../nbs/groupvit/05_zero_shot.ipynb #a4a630b2
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #0437f20c
 def segment_shares(
     model: GroupViT,
     encoded,                # an Encoded of it
@@ -32,7 +32,7 @@ def segment_shares(
     shares = compose([first.flatten(-2), *rest], hard).unflatten(-1, first.shape[-2:])
     return model.to_image_size(shares, encoded)
 
-# %% ../../nbs/groupvit/05_zero_shot.ipynb #6b385f7f
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #62ebbfce
 @torch.no_grad()
 def segment_labels(
     model: GroupViT,
@@ -44,7 +44,7 @@ def segment_labels(
     size = segment_shares(model, encoded).mean((-2, -1))
     return [(s.item(), labels[k], q.item()) for s, (q, k) in zip(size, zip(*p.max(-1)))]
 
-# %% ../../nbs/groupvit/05_zero_shot.ipynb #8d021cef
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #45d0f956
 @torch.no_grad()
 def ensembled(
     model: GroupViT,
@@ -57,7 +57,7 @@ def ensembled(
     if unit_first: x = F.normalize(x, dim=-1)
     return F.normalize(x.mean(0), dim=-1)
 
-# %% ../../nbs/groupvit/05_zero_shot.ipynb #4e2e6852
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #c9db7630
 def affinity(
     segments: Tensor,       # (G, D) unit vectors
     image: Tensor,          # (D,) unit vector of the whole image
@@ -74,7 +74,7 @@ def affinity(
     out[(text @ image).topk(top).indices] = False
     return p * logits.masked_fill(out, -torch.inf).softmax(-1)
 
-# %% ../../nbs/groupvit/05_zero_shot.ipynb #d8f3e86d
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #0a9fac58
 def background(
     sure: Tensor,           # (H, W) the score of the best label at each place
     best: Tensor,           # the largest score that any segment of the image gives any label
@@ -83,7 +83,7 @@ def background(
     "The threshold adapts: it is never above `best`, so that the surest segment is never background."
     return (sure < torch.as_tensor(best).clamp(max=threshold)).to(sure)
 
-# %% ../../nbs/groupvit/05_zero_shot.ipynb #1bec33e5
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #45d57273
 def windows(
     size: tuple,            # (h, w) of the image
     window: tuple,          # (h, w) of a window
@@ -94,7 +94,7 @@ def windows(
                   for s, k in zip(size, window))
     return [(y, x) for y in rows for x in cols]
 
-# %% ../../nbs/groupvit/05_zero_shot.ipynb #5e052eed
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #61221614
 @dataclass(frozen=True)
 class Protocol:
     "How a label map is read out of a GroupViT"
@@ -115,7 +115,7 @@ PROTOCOLS = {   # thresholds and steps of the released code, and as the paper te
     "context": Protocol(.35, 5, **_windows), "context, paper": Protocol(.5, hard=True, **_windows),
     "coco": Protocol(.95, 5, **_windows)}
 
-# %% ../../nbs/groupvit/05_zero_shot.ipynb #ec0e76e0
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #063b40f1
 class ZeroShot:
     """A GroupViT that answers by a protocol. `segment` and `evaluate` work as with the model itself; a first
     label "background" is never asked for, but stands where no other reaches the threshold."""
@@ -179,7 +179,7 @@ class ZeroShot:
                 out.append(LabelResult(im, found.cpu().numpy().astype(kind), labels))
         return out[0] if one else out
 
-# %% ../../nbs/groupvit/05_zero_shot.ipynb #fe3dff36
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #36cd7f4c
 def sweep(
     model: GroupViT,
     rows,                   # semantic rows: image and label map, 0 the background
