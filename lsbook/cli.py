@@ -34,7 +34,8 @@ def trained(
     if method is None and weights is None: raise ValueError("METHOD: got none; wanted a method, or --weights")
     if method: method_class(method)  # an unknown name is answered with those there are
     try: model = load(weights or method)
-    except (ValueError, FileNotFoundError) as e: raise type(e)(re.sub("^name: ", "--weights: ", str(e))) from e
+    except (ValueError, FileNotFoundError) as e:
+        raise type(e)(re.sub("^name: ", "--weights: ", str(e))) from e
     if model.method != (method or model.method):
         raise ValueError(f"--weights: got weights of {model.method!r} in {weights}; wanted {method!r}")
     return model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
@@ -78,7 +79,8 @@ def free_name(
         if path.resolve() == Path(image).resolve():
             raise ValueError(f"--out: got the picture itself, {image}; wanted another file")
     if beside(out).exists() and not ours(beside(out)):
-        raise ValueError(f"--out: got {out}, but {beside(out)} is there and not of lsbook; wanted another name")
+        raise ValueError(f"--out: got {out}, but {beside(out)} is there and not of lsbook; "
+                         "wanted another name")
     return out
 
 # %% ../nbs/cli.ipynb #4bed9a38
@@ -92,12 +94,15 @@ def segment(
     """Segments a picture by words; writes the picture with the result over it and, beside it, the label map
     or the mask. `ValueError` where that would overwrite the picture itself, or a file that is not ours."""
     from lsbook.images import to_image
-    from lsbook.segmenter import METHODS, method_class
+    from lsbook.segmenter import METHODS, Untrained, method_class
     method_class(method)       # the quick checks first: the method, the pictures, and only then the weights
     labels = METHODS[method].task == "semantic"
     out = free_name(out, "labels" if labels else "mask", image)
     picture, model = to_image(image), trained(method, weights)
-    result = model.segment(picture, [t.strip() for t in text.split(",")] if labels else text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Untrained)      # said here, whatever is done with warnings
+        result = model.segment(picture, [t.strip() for t in text.split(",")] if labels else text)
+    for note in result.notes: print(f"lsbook segment: {note}", file=sys.stderr)
     for path in result.save(out): print(path)
     if labels:
         shares = dict.fromkeys(result.labels, 0.) | result.shares()
@@ -174,7 +179,8 @@ def evaluate(
         got = metrics.evaluate(model, rows)
     else:
         rows = training.recipe(method, scale).rows(root)[1]
-        if rows is None: raise ValueError(f"--scale: got {scale}, without validation rows; wanted --protocol zero-shot")
+        if rows is None:
+            raise ValueError(f"--scale: got {scale}, which is judged by --protocol zero-shot; wanted that")
         model = model or trained(method, weights)
         if protocol == "multi-scale":
             from lsbook.lseg.official import MultiScale
@@ -204,10 +210,11 @@ def convert(
     from lsbook.lseg.official import from_official
     from lsbook.segmenter import save_weights
     path = Path(out) / "lseg.safetensors"
-    if path.exists(): raise ValueError(f"--out: got {out}, which holds weights already; wanted another folder")
+    if path.exists(): raise ValueError(f"--out: got {out}, which holds weights; wanted another folder")
     model, unused = from_official(file, **how)
     print(save_weights(model, path, source=Path(file).name))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(unused)} tensors of the file not used")
+    n = sum(p.numel() for p in model.parameters())
+    print(f"{n:,} parameters; {len(unused)} tensors of the file are not used")
     return 0
 
 # %% ../nbs/cli.ipynb #3c15beea
@@ -278,8 +285,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, metavar="N", help="instead of the recipe's")
     p.add_argument("--set", dest="changes", metavar="FIELD=VALUE", action="append", default=[],
                    help="a field of the model's config instead of the recipe's; may be given again")
-    p = command("evaluate", evaluate, "Score a method on scenes, or on the validation rows of a recipe.", method=False)
-    p.add_argument("method", metavar="METHOD", nargs="?", help="a chapter's name (default: that of the weights)")
+    p = command("evaluate", evaluate, "Score a method on scenes, or on the validation rows of a recipe.",
+                method=False)
+    p.add_argument("method", metavar="METHOD", nargs="?",
+                   help="a chapter's name (default: that of the weights)")
     p.add_argument("--weights", **weights)
     p.add_argument("--scale", help="scenes, or a recipe's name, such as camvid (with --root: paper)")
     p.add_argument("--root", **root)
@@ -292,7 +301,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--protocol", default="plain", choices=("plain", "multi-scale", "zero-shot"),
                    help="LSeg's for published numbers: multi-scale (ADE20K), zero-shot (folds, FSS-1000)")
     p.add_argument("--pairs", metavar="FILE", help="zero-shot: HSNet's list of pairs of a fold")
-    p = command("convert", convert, "Turn a published LSeg checkpoint into a folder for --weights.", method=False)
+    p = command("convert", convert, "Turn a published LSeg checkpoint into a folder for --weights.",
+                method=False)
     p.add_argument("file", metavar="FILE", help="such as demo_e200.ckpt")
     p.add_argument("-o", "--out", required=True, metavar="DIR", help="weights and metadata go here")
     p.add_argument("--depth", type=int, default=0, metavar="N", help="applications of its block (none: 0)")

@@ -160,7 +160,8 @@ def compute(self: ConfusionMatrix,
 ):  # dict of floats in [0, 1]
     "`mIoU`, over the labels that occur in truth or prediction, and `accuracy`, the share of right pixels."
     M = self.matrix()
-    return {"mIoU": self.iou().nan_to_num(absent).nanmean().item(), "accuracy": (M.diagonal().sum() / M.sum()).item()}
+    return {"mIoU": self.iou().nan_to_num(absent).nanmean().item(),
+            "accuracy": (M.diagonal().sum() / M.sum()).item()}
 
 # %% ../nbs/metrics.ipynb #6ea98635
 def _world():
@@ -206,7 +207,8 @@ def _answers(model, rows, batch_size, names=None):
                 raise ValueError(f"rows: row {place}: {fault}")
             place += world
         results = model.segment([r["image"] for r in batch], asked or [r["expression"] for r in batch])
-        if asked != names: results = [SimpleNamespace(label_map=back[np.asarray(r.label_map)]) for r in results]
+        if asked != names:
+            results = [SimpleNamespace(label_map=back[np.asarray(r.label_map)]) for r in results]
         yield from zip(batch, results, strict=True)
 
 # %% ../nbs/metrics.ipynb #2582ed98
@@ -269,6 +271,7 @@ def evaluate(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Untrained)      # the truth is at hand
             if referring: return _referring(answers, size)
-            return _semantic(answers, size, names, getattr(getattr(model, "config", None), "labels", None), absent)
+            return _semantic(answers, size, names, getattr(getattr(model, "config", None), "labels", None),
+                             absent)
     finally:
         if training: model.train()

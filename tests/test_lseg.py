@@ -1,5 +1,6 @@
 """LSeg beyond its notebooks: the published checkpoints by name and shape, the shipped weights, bad input, real photographs."""
 import functools
+import math
 import subprocess
 import sys
 import warnings
@@ -474,6 +475,21 @@ def test_exact_label_maps_of_the_benchmarks(tmp_path):
     train, valid = ade20k_rows(tmp_path)
     assert label_names(train) == label_names(valid) == ["wall", "building"]
     assert (read(train), read(valid)) == ([(None, [[255, 0, 1, 1]])], [(None, [[1, 1, 0, 255]])])
+
+
+@pytest.mark.parametrize("name, f", [("lrelu", lambda x: x if x > 0 else .01 * x), ("relu", lambda x: max(x, 0.)), ("tanh", math.tanh)])
+def test_the_activation_between_two_applications(name, f):
+    "By hand: a kernel that multiplies by 2, one pixel, two labels; the activation stands between the two blocks and not behind the second."
+    block = SpatialRegularization("bottleneck", 2, name)
+    with torch.no_grad():
+        block.conv.weight.zero_()[0, 0, 1, 1] = 2
+        block.conv.bias.fill_(-1.)
+    a, b = .5, -3.
+    one = [f(2 * v - 1 + max(a, b)) for v in (a, b)]
+    want = [2 * v - 1 + max(one) for v in one]
+    assert torch.allclose(block(torch.tensor([a, b]).view(1, 2, 1, 1)).flatten(), torch.tensor(want), atol=1e-6)
+    assert LSeg(LSegConfig("small", "words", words=["a"], fusion=8, width=4, depth=2, activation=name)).regularization.activation is block.activation
+    with pytest.raises(ValueError, match="activation: got 'gelu'; wanted one of"): SpatialRegularization("bottleneck", 2, "gelu")
 
 
 def test_exact_rows_of_scenes():

@@ -360,7 +360,7 @@ def test_recipe_fields_and_lookup():
     d = RECIPE.replace(rows=data, config=dict(size=(3, 4))).as_dict()
     assert json.loads(json.dumps(d)) == d and d["rows"].endswith(":data") and d["config"] == {"size": [3, 4]}
     with pytest.raises(ValueError, match="method: got 'os'; wanted .*lseg"): recipe("os")
-    with pytest.raises(ValueError, match="scale: got 'all'; lseg has scenes, "): recipe("lseg", "all")
+    with pytest.raises(ValueError, match="scale: got 'all' for lseg; wanted one of camvid"): recipe("lseg", "all")
     assert "lsbook.os.train" not in sys.modules
 
 

@@ -46,7 +46,8 @@ def index_maps(
         raise ValueError(f"images: got no photograph for {len(alone)} of {len(stems)} label maps {alone[:3]}")
     if len(photos) > len(maps):
         warnings.warn(f"labels: left out {len(photos) - len(maps)} of {len(photos)} photographs without map")
-    rows = {"image": [str(photos[s]) for s in stems], "label_map": [drawn_on(photos[s], maps[s]) for s in stems]}
+    rows = {"image": [str(photos[s]) for s in stems],
+            "label_map": [drawn_on(photos[s], maps[s]) for s in stems]}
     column = ImageFile(kind="index", names=list(names), first=first, ignore=ignore)
     return with_names(_rows_from(features("semantic") | {"label_map": column}, rows), names)
 

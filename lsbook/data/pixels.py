@@ -125,9 +125,9 @@ class ImageFile(datasets.Image):
     """An image column: a path (the pixels are read when the row is) or a picture in memory.
 
     `kind` "photo" gives RGB, "mask" mode L with 0 and 255, "index" a label map, whose column knows the
-    `names` of its numbers: the values of a file go through `remap_labels`, an image made in memory holds final
-    ones. `image.info["file"]` names the file. One that cannot be read, a decompression bomb included (PIL's
-    limit stays on), is a `ValueError` with its name; an empty or grey mask is warned of."""
+    `names` of its numbers: the values of a file go through `remap_labels`, an image made in memory holds
+    final ones. `image.info["file"]` names the file. One that cannot be read, a decompression bomb included
+    (PIL's limit stays on), is a `ValueError` with its name; an empty or grey mask is warned of."""
     kind: str = "photo"
     names: list = None
     first: int = 0

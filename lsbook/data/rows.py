@@ -149,7 +149,8 @@ def checked_rows(
     if row is None: raise ValueError("got no rows; wanted at least one")
     if seen == {255}: raise ValueError("got label maps of 255 (ignore) alone; wanted some pixels with a name")
     if len(names) == 2 and seen == {0, 255}:
-        tell(f"label maps of 0 and 255 only, as mask files have: 255 means 'ignore', the number of {names[1]!r} is 1")
+        tell("label maps of 0 and 255 only, as mask files have: 255 means 'ignore', "
+             f"the number of {names[1]!r} is 1")
 
 def check_rows(
     ds: datasets.Dataset, # rows, as `checked_rows` takes them

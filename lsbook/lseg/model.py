@@ -120,17 +120,18 @@ class LSeg(SemanticSegmenter):
         self.image.to(memory_format=torch.channels_last)   # the faster layout for convolutions
         self.regularization = SpatialRegularization(config.regularization, config.depth, config.activation)
         self.stride, self.open_words = self.image.stride, config.text != "words"
-        self.own_words = ("other",) if config.other else ()
 
     def meet(self, rows):
         "The names of the training rows become the labels; two-way rows bring their own with each row."
         from lsbook.data import label_names
-        if "label" in next(iter(rows)): self.own_words = ("others",)
-        else: self.config.labels = label_names(rows)
+        two_way = "label" in next(iter(rows))
+        self.own_words = ("others",) if two_way else ("other",) if self.config.other else ()
+        if not two_way: self.config.labels = label_names(rows)
         new = [] if self.open_words else self.text.check(self.config.labels).unknown
         if new:
             self.config.words = [*self.config.words, *new]
-            self.text = TextCache(text_encoder("words", words=self.config.words, dim=self.config.dim)).to(self.device)
+            self.text = TextCache(text_encoder("words", words=self.config.words,
+                                               dim=self.config.dim)).to(self.device)
 
     def image_features(self, images):
         "(B, 3, H, W) in [0, 1] -> (B, dim, h, w) unit vectors"

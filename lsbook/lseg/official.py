@@ -87,8 +87,8 @@ def from_official(
 
 # %% ../../nbs/lseg/06_official.ipynb #2e0ffc8a
 class MultiScale:
-    """LSeg as its published numbers ask it: six sizes, overlapping squares, mirrored too. Slow: about 36 looks
-    a picture. `evaluate(MultiScale(model), rows, absent=0)` takes it as it takes a model."""
+    """LSeg as its published numbers ask it: six sizes, overlapping squares, mirrored too. Slow: about 36
+    looks a picture. `evaluate(MultiScale(model), rows, absent=0)` takes it as it takes a model."""
     task = "semantic"
 
     def __init__(self,
@@ -134,4 +134,5 @@ class MultiScale:
 
     def segment(self, images, labels):
         "What `evaluate` asks for: a label map for each image."
-        return [SimpleNamespace(label_map=self.scores(image, labels).argmax(0).cpu().numpy()) for image in images]
+        return [SimpleNamespace(label_map=self.scores(image, labels).argmax(0).cpu().numpy())
+                for image in images]

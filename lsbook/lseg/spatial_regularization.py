@@ -27,7 +27,8 @@ class SpatialRegularization(nn.Module):
         activation: str = "lrelu", # between two applications: "lrelu", "relu" or "tanh"
     ):
         super().__init__()
-        for name, got, wanted in (("kind", kind, ("bottleneck", "depthwise")), ("activation", activation, ACTIVATIONS),
+        for name, got, wanted in (("kind", kind, ("bottleneck", "depthwise")),
+                                  ("activation", activation, ACTIVATIONS),
                                   ("depth", depth, range(100))):
             if got not in wanted: raise ValueError(f"{name}: got {got!r}; wanted one of {[*wanted][:5]}")
         self.kind, self.depth, self.activation = kind, depth, ACTIVATIONS[activation]

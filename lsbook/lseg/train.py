@@ -58,8 +58,8 @@ def two_way(
 ):                   # rows with a further column `label`: 1 where it is, 0 elsewhere, 255 stays
     """A row for each image and each of `classes` in it: the two-way problem of LSeg's zero-shot protocol.
 
-    The numbers of its label maps are called "others" and "label", which stands for the row's own. `ValueError`
-    where no row shows any of the classes."""
+    The numbers of its label maps are called "others" and "label", which stands for the row's own.
+    `ValueError` where no row shows any of the classes."""
     names, maps = label_names(rows), rows.select_columns(["label_map"])
     if pairs is None:
         pairs = [(i, names[c]) for i in range(len(rows)) for c in np.unique(np.asarray(maps[i]["label_map"]))
@@ -109,7 +109,8 @@ def fold_rows(
 ) -> tuple:           # (training rows, None)
     """Two-way rows of the classes that are *not* in the fold.
 
-    PASCAL: VOC layout; COCO: `images/`, `labels/` as HSNet has them: 0 is background, the others class + 1."""
+    PASCAL: VOC layout; COCO: `images/`, `labels/` as HSNet has them: 0 is background, the others class +
+    1."""
     train = trained_classes(benchmark, fold)
     words = official_words(train) if official else None
     return two_way(_fold_images(benchmark, root, "train"), train, words=words), None
@@ -193,7 +194,8 @@ def zero_shot(
             s[:, k] += times * (a & b).sum(), times * (a | b).sum()
     share = lambda s: s[0] / np.maximum(s[1], 1)
     iou = {f"IoU/{label}": float(share(s)[1]) for label, s in sums.items()}
-    return {"mIoU": float(np.mean(list(iou.values()))), "FB-IoU": float(share(sum(sums.values())).mean())} | iou
+    return {"mIoU": float(np.mean(list(iou.values()))),
+            "FB-IoU": float(share(sum(sums.values())).mean())} | iou
 
 # %% ../../nbs/lseg/04_train.ipynb #29c31422
 small = dict(backbone="small", text="words", dim=64)

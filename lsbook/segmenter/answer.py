@@ -80,7 +80,8 @@ class LabelResult(Result):
             raise ValueError(f"label: got {label!r:.60}; wanted one of {there}")
         return self.label_map == names.index(key)
 
-    def picture(self, limit=None): return draw_labels(self.image, self.label_map, self.labels, limit, self.notes)
+    def picture(self, limit=None):
+        return draw_labels(self.image, self.label_map, self.labels, limit, self.notes)
 
     def answer(self):
         return "labels", index_image(self.label_map, self.labels), {"labels": json.dumps(list(self.labels))}
@@ -133,7 +134,8 @@ class MaskResult(Result):
         return (f"MaskResult({self.image.width} x {self.image.height}: {printable(self.expression)!r}, "
                 f"{self.mask.mean():.0%} of the pixels, {box}, score {self.score:.2f}){self.said()}")
 
-    def picture(self, limit=None): return draw_mask(self.image, self.mask, self.box, self.expression, limit, self.notes)
+    def picture(self, limit=None):
+        return draw_mask(self.image, self.mask, self.box, self.expression, limit, self.notes)
 
     def answer(self):
         return "mask", Image.fromarray(self.mask.astype(np.uint8) * 255), {"expression": self.expression}

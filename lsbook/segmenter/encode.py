@@ -73,7 +73,8 @@ A segmentation model of [lsbook](https://github.com/lsbook/lsbook), safetensors 
         self.trained = None    # what its training has shown it: a `Known`
 
     def meet(self, rows):
-        "Called by `fit` with the training rows, checked, before the first step: to take their names, or refuse"
+        """Called by `fit` with the training rows, checked, before the first step: to take their names, or
+        refuse"""
 
     @property
     def device(self) -> torch.device:

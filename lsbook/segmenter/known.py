@@ -39,12 +39,14 @@ def colours_of(
     return ((r * STEPS + g) * STEPS + b).ravel()
 
 # %% ../../nbs/segmenter/05_known.ipynb #313e129c
-RARE, USUAL, LEAST = .001, .995, .1   # a familiar colour's share; of the pictures, how many are usual; the lowest limit
+# a familiar colour's share; of the pictures, how many are usual; the lowest limit
+RARE, USUAL, LEAST = .001, .995, .1
 
 @dataclass
 class Known:
     "What a training has shown a model."
-    words: list = None     # of its labels, expressions or captions; None: the text encoder knows more than the rows
+    # of its labels, expressions or captions; None: the text encoder knows more than the rows
+    words: list = None
     colours: list = None   # the familiar ones, as numbers below 4,096
     limit: float = 1.      # a picture with a larger share of other colours is unlike those of the training
 
@@ -77,8 +79,8 @@ def notes_on_picture(self: Segmenter, image) -> list: # of sentences
     "What to say about a picture, RGB, likewise."
     known = self.trained
     if not (known and known.colours) or known.newness(colours_of(image)) <= known.limit: return []
-    return [f"{self.method} was trained on other pictures than this one, most of whose colours are new to it: "
-            "do not rely on the answer"]
+    return [f"{self.method} was trained on other pictures than this one, most of whose colours are new "
+            "to it: do not rely on the answer"]
 
 class Untrained(UserWarning): "A model is asked about words or pictures that its training did not show."
 

@@ -125,7 +125,8 @@ def config_from(
         if v is not None and not isinstance(v, wanted):
             raise ValueError(f"config.{k}: got {v!r:.60}; wanted {hints[k].__name__}")
         if type(v) in (int, float) and not v >= 0:
-            raise ValueError(f"config.{k}: got {v}; wanted 0 or more")   # no config of the book has a use for less
+            # no config of the book has a use for less
+            raise ValueError(f"config.{k}: got {v}; wanted 0 or more")
         out[k] = v
     try: return kind(**out)
     except TypeError as e: raise ValueError(f"config: {e}") from e      # a field without a default is missing
@@ -164,8 +165,8 @@ def _build(cls, config, weights, trained):
     model.trained = trained and config_from(Known, trained)
     return model.eval()
 
-_NO_PICKLES = ("wanted .safetensors. A pickle (.pt, .ckpt, .bin) can run code when it is read, so none is. A published "
-               "LSeg: `lsbook convert x.ckpt -o folder`. Others, tensors only: "
+_NO_PICKLES = ("wanted .safetensors. A pickle (.pt, .ckpt, .bin) can run code when it is read, so none is. "
+               "A published LSeg: `lsbook convert x.ckpt -o folder`. Others, tensors only: "
                "safetensors.torch.save_file(lsbook.files.read_tensors(path), 'x.safetensors')")
 
 # %% ../../nbs/segmenter/03_storage.ipynb #cefc8c96

@@ -9,7 +9,7 @@ from .recipes import __all__ as _recipes
 
 _later = {
     "trainer": ["BookTrainer", "FiniteLoss", "LossOf", "Progress", "StopWhenAsked", "Stream", "arguments", "beginning",
-                "checkpoint_fault", "newest_checkpoint"],
+                "checkpoint_fault", "meet_rows", "newest_checkpoint"],
     "loop": ["Fit", "all_background", "fit"],
     "runs": ["experiments", "new_model", "recipe_from", "train", "versions"],
 }

@@ -72,6 +72,8 @@ class Recipe:
             want(name, type(n) is int and n > 0, "a whole number of at least 1")
         want("lr", self.lr > 0, "a positive number")
         want("warmup", self.warmup >= 0, "0 or more steps")
+        want("weight_decay", self.weight_decay >= 0, "0 or more")
+        want("clip", self.clip is None or self.clip > 0, "a positive number, or None")
         want("batch_size", self.batch_size % self.accumulate == 0, f"a multiple of {self.accumulate} passes")
 
     def replace(self, **changes) -> "Recipe": # a copy

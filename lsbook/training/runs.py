@@ -83,6 +83,7 @@ def train(
     if recipe.rows is None: raise ValueError(f"recipe: {name} has rows=None; wanted a function of a folder")
     wants = [p for p in inspect.signature(recipe.rows).parameters.values() if p.default is p.empty]
     if root is None and wants: raise ValueError(f"root: got None; {name} wants the folder of its data")
+    segmenter.config_from(segmenter.method_class(recipe.method), recipe.config)   # before anything is trained
     rows, valid = recipe.rows() if root is None else recipe.rows(root)
     if recipe.config.get("words") == []:
         from lsbook.text import Vocabulary
