@@ -20,8 +20,6 @@ from lsbook.groupvit.model import (
     WordTable,
     compose,
     consistency_loss,
-    neighbours,
-    smoothed,
     solved,
 )
 from lsbook.groupvit.train import small
@@ -312,16 +310,3 @@ def test_on_a_gpu():
     out = m(**{k: v.cuda() if torch.is_tensor(v) else v for k, v in m.collate(captions()).items()})
     out.loss.backward()
     assert torch.isfinite(out.loss)
-
-
-def test_like_colours_vote_alike():
-    images = torch.zeros(1, 3, 16, 16)
-    images[..., 8:] = 1
-    near = neighbours(images, (8, 8))
-    assert near.shape == (1, 25, 8, 8) and torch.allclose(near.sum(1), torch.ones(1, 8, 8), atol=1e-5)
-    vote = torch.rand(1, 64, 3).softmax(-1)
-    out = smoothed(vote, near)
-    assert torch.allclose(out.sum(-1), torch.ones(1, 64), atol=1e-4)
-    left = torch.zeros(1, 8, 8, 2)
-    left[:, :, :4, 0], left[:, :, 4:, 1] = 1, 1
-    assert torch.allclose(smoothed(left.view(1, 64, 2), near), left.view(1, 64, 2), atol=1e-3)     # nothing crosses the edge
