@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEMS', 'GroupViTConfig', 'PatchStem', 'ConvStem', 'Stage', 'Segments', 'ImageEncoder', 'ClipTower', 'WordTable',
-           'projector', 'Rows', 'TextSide', 'GroupViT', 'compose', 'solved', 'neighbours', 'smoothed',
-           'consistency_loss', 'augmentation']
+           'projector', 'Rows', 'TextSide', 'GroupViT', 'compose', 'solved', 'consistency_loss', 'augmentation']
 
 # %% ../../nbs/groupvit/03_model.ipynb #bca4a741
 import math
@@ -40,7 +39,7 @@ from ..losses import gather, in_float32
 from ..segmenter import SemanticSegmenter
 from ..text import TextCache, TextEncoder
 from ..text.pretrained import byte_pairs, clip_tokenizer
-from ..text.words import WordVectors, split_words
+from ..text.words import WordVectors
 from ..vision import Normalise, conv_block, resize_positions
 
 # %% ../../nbs/groupvit/03_model.ipynb #43005f45
@@ -80,8 +79,6 @@ class GroupViTConfig:
     template: str = "imagenet"          # of the prompts in training
     ask: str = "photo"                  # of the labels in `segment`
     consistency: float = 0.             # deviation: weight of `consistency_loss`
-    token_consistency: float = 0.       # weight of the single tokens in it
-    like_colours: bool = False          # votes in it are averaged over neighbours of like colour
     auxiliary: float = 0.               # deviation: weight of the loss on the first stage's segments
     short_side: int = 448               # images are resized to this when they are segmented
     cached: int = None                  # images encoded at a time in training, without keeping activations
@@ -333,37 +330,19 @@ def solved(logits: Tensor, present: Tensor) -> Tensor:     # (B, G, N), (B, N) b
     terms = torch.where(present, F.softplus(wrong - s), 0).sum(1) / present.sum(1).clamp(min=1)
     return (-terms).exp() * present.any(1)
 
-def neighbours(images: Tensor, grid: tuple, sigma: float = .1) -> Tensor:   # (B, 25, h, w), summing to 1
-    "How alike in colour each cell and the 24 around it are"
-    c = F.adaptive_avg_pool2d(images, grid)
-    around = F.unfold(F.pad(c, (2, 2, 2, 2), mode="replicate"), 5).unflatten(1, (3, 25)).unflatten(-1, grid)
-    return (-((around - c[:, :, None]) ** 2).sum(1) / (2 * sigma ** 2)).softmax(1)
-
-def smoothed(vote: Tensor, near: Tensor, rounds: int = 3) -> Tensor:          # (B, N, K) -> (B, N, K)
-    "Each cell takes the mean of its neighbours' votes, weighted by how alike they are"
-    x = vote.transpose(1, 2).unflatten(-1, near.shape[-2:])
-    for _ in range(rounds):
-        around = F.unfold(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5).unflatten(1, (x.shape[1], 25))
-        x = (around.unflatten(-1, near.shape[-2:]) * near[:, None]).sum(2)
-    return x.flatten(2).transpose(1, 2)
-
 @in_float32
 def consistency_loss(
     logits: Tensor,         # (B, G, K) scaled cosines of segments and nouns
     assigned: Tensor,       # (B, G, N) which segment each token joined
     votes: Tensor,          # (B, N, K) scaled cosines of each single token and the nouns, without gradient
     present: Tensor,        # (B, K) bool: the nouns of the caption
-    tokens: float = 0.,     # weight of the single tokens' own agreement with their votes
-    near: Tensor = None,    # from `neighbours`: votes are first averaged over neighbours of like colour
 ) -> Tensor:
     """Every token votes for a noun *of the caption*; what its groups say should agree. Cross-entropy,
     weighted by how far the image's nouns are `solved`. Ours, not in GroupViT: in a contrastive loss a group
     that holds what no noun asks for costs nothing."""
     vote = votes.detach().masked_fill(~present[:, None], -1e4).softmax(-1)
-    if near is not None: vote = smoothed(vote, near)
     said = assigned.transpose(1, 2) @ logits.softmax(-1)
     each = -(vote * said.clamp(min=1e-6).log()).sum(-1).mean(-1)
-    if tokens: each = each - tokens * (vote * votes.log_softmax(-1)).sum(-1).mean(-1)
     return (solved(logits, present).detach() * each).mean()
 
 # %% ../../nbs/groupvit/03_model.ipynb #5e1a5ef3
@@ -427,10 +406,6 @@ def forward(self: GroupViT,
     loss = noun_loss(logits, present)
     if c.auxiliary: loss = loss + c.auxiliary * noun_loss(against(first), present)
     if c.consistency and soft:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and c.token_consistency > 0):
-            votes = against(self.image.alone(tokens))
-        size = tuple(s // self.stride for s in images.shape[-2:])
-        near = neighbours(images, size) if c.like_colours else None
-        loss = loss + c.consistency * consistency_loss(logits, compose(soft), votes, present,
-                                                       c.token_consistency, near)
+        with torch.no_grad(): votes = against(self.image.alone(tokens))
+        loss = loss + c.consistency * consistency_loss(logits, compose(soft), votes, present)
     return AttrDict(loss=loss, logits=logits, soft=soft)
