@@ -119,6 +119,7 @@ def test_nouns_without_a_network(monkeypatch):
     monkeypatch.setattr(socket, "socket", None)
     assert nouns_of("Two small dogs run after a blue ball on the grass in Prague.") == ["dogs", "ball", "grass", "prague"]
     assert nouns_of("running fast!") == [] and nouns_of("") == [] and nouns_of("...") == []
+    assert nouns_of("100 % ☃ ~") == []                              # the tagger calls a sign a noun
     assert nouns_of("dogs and Dogs") == ["dogs"]
     assert NOUNS == ("NN", "NNS", "NNP", "NNPS")
 
@@ -136,6 +137,8 @@ def test_prompts():
     assert make(["x", "y"], [["a", "b", "c", "d"], ["e"]]) == (prompts, about)
     seen = {make(["x"], [["a", "b"]])[1][0] for _ in range(40)}
     assert seen == {"a", "b"}                                       # drawn at random, not the first
+    forms = {NounPrompts(1, "simple")(["x"], [["dog"]])[0][0] for _ in range(100)}
+    assert forms == {t.format("dog") for t in templates("simple")}
 
 
 def test_a_caption_without_nouns_is_kept_and_said_once():
@@ -203,7 +206,8 @@ def test_in_parts_takes_tuples_and_runs_once_where_all_fit():
     x = torch.randn(5, 3)
     a, b = in_parts(encode, x, 2)
     assert calls == [2, 2, 1] and torch.equal(a, x + 1) and torch.equal(b, (2 * x).sum(1))
-    in_parts(encode, x, 5), in_parts(encode, x)
+    in_parts(encode, x.requires_grad_(), 5)[0].sum().backward()
+    in_parts(encode, x)
     assert calls[3:] == [5, 5]
 
 

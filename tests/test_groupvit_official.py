@@ -137,6 +137,11 @@ def test_names_and_shapes_at_the_full_size():
     for name, shape in {    # as the facts about the authors' file have them
             "img_encoder.pos_embed": (1, 196, 384), "img_encoder.patch_embed.proj.weight": (384, 3, 16, 16), "multi_label_logit_scale": (),
             "img_encoder.layers.0.group_token": (1, 64, 384), "img_encoder.layers.1.blocks.2.attn.qkv.weight": (1152, 384),
+            "img_encoder.layers.0.blocks.5.norm1.weight": (384,), "img_encoder.layers.2.blocks.2.norm2.bias": (384,),
+            "img_encoder.layers.0.blocks.0.attn.proj.bias": (384,), "img_encoder.layers.2.blocks.0.mlp.fc1.weight": (1536, 384),
+            "img_encoder.layers.0.downsample.norm_tokens.weight": (384,), "img_encoder.layers.0.downsample.norm_x.weight": (384,),
+            "img_encoder.layers.0.downsample.norm_post_tokens.weight": (384,), "img_encoder.layers.0.downsample.norm_new_x.weight": (384,),
+            "img_encoder.layers.0.downsample.mlp_channels.fc2.weight": (384, 1536), "text_encoder.transformer.resblocks.0.ln_1.weight": (256,),
             "img_encoder.layers.1.group_projector.1.fc1.weight": (192, 64), "img_encoder.layers.0.downsample.mlp_inter.fc2.weight": (64, 192),
             "img_encoder.layers.1.downsample.pre_assign_attn.attn.proj.weight": (384, 384), "img_encoder.norm.bias": (384,),
             "img_encoder.layers.1.downsample.pre_assign_attn.norm2.weight": (384,), "img_encoder.layers.0.downsample.assign.proj.bias": (384,),
@@ -163,6 +168,9 @@ def test_the_authors_file(model, tmp_path):
     again = from_released(file, head=8)
     assert again.config == model.config and not again.training
     assert all(torch.equal(t, model.state_dict()[k]) for k, t in again.state_dict().items())
+    state["multi_label_logit_scale"] = torch.tensor(1.5)
+    torch.save(dict(model=state), file)
+    assert from_released(file, head=8).log_scale_nouns == 1.5
     del state["multi_label_logit_scale"]                            # RedCaps: no second scale
     torch.save(dict(model=state), file)
     assert from_released(file, head=8).log_scale_nouns == model.log_scale
@@ -217,6 +225,10 @@ def test_another_tokenizer_is_refused(folder):
     words["dog</w>"], words["cat</w>"] = words["cat</w>"], words["dog</w>"]
     (folder / "vocab.json").write_text(json.dumps(words))
     with pytest.raises(ValueError, match="vocab.json: got another vocabulary than CLIP's, of 49,408 entries: 2 differ"): load(folder)
+    words["dog</w>"], words["cat</w>"] = words["cat</w>"], words["dog</w>"]
+    last = next(w for w, i in words.items() if i == 49405)
+    (folder / "vocab.json").write_text(json.dumps({w: i for w, i in words.items() if w != last}))
+    with pytest.raises(ValueError, match="1 differ"): load(folder)
     (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
     with pytest.raises(ValueError, match="of 2 entries"): load(folder)
 
@@ -230,6 +242,9 @@ def test_settings_without_a_counterpart_are_refused(part, name, value):
 def test_settings():
     assert config_from_transformers({}) == GroupViTConfig()
     c = config_from_transformers(SETTINGS | dict(vision_config=SETTINGS["vision_config"] | dict(assign_eps=.5, patch_size=8)))
+    assert c.mlp_ratio == 4
+    thin = SETTINGS["vision_config"] | dict(intermediate_size=96, assign_mlp_ratio=[.5, 3])
+    assert config_from_transformers(SETTINGS | dict(vision_config=thin)).mlp_ratio == 3
     assert (c.eps, c.patch, c.groups, c.text_layers, c.text_heads, c.embed_dim, c.projector) == (.5, 8, (6, 3, 0), 2, 2, 12, 20)
 
 
