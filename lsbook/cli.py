@@ -109,7 +109,8 @@ def segment(
         shares = dict(sorted(shares.items(), key=lambda pair: -pair[1]))
     else:
         shares = {text: float(result.mask.mean())}
-        print("nothing found" if result.box is None else f"box {result.box}, score {result.score:.3f}")
+        box = ", ".join(f"{round(v, 1):g}" for v in result.box or ())
+        print(f"box {box}, score {result.score:.3f}" if box else "nothing found")
     width = max(map(len, shares))
     for name, share in shares.items(): print(f"{name:<{width}} {share:7.1%}")
     return 0
@@ -243,7 +244,8 @@ def choices() -> str:
     for method in METHODS:
         recipes = importlib.import_module(f"lsbook.{method}.train").RECIPES
         config = vars(config_from(method_class(method), recipes["scenes"].config))
-        fields = ", ".join(f"{k}={v if len(str(v)) < 24 else '...'}" for k, v in config.items())
+        values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in config.items()}  # as for --set
+        fields = ", ".join(f"{k}={v if len(v) < 24 else '...'}" for k, v in values.items())
         wrapped = textwrap.wrap(f"--set {fields}", 96, initial_indent="  ", subsequent_indent="        ")
         out += [f"{method}: --scale {' | '.join(recipes)}", *wrapped, ""]
     return "\n".join(out)
@@ -266,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
         commands._parser_class = kind
         p = commands.add_parser(name, help=text, description=text)
         p.set_defaults(run=run)
-        if method: p.add_argument("method", metavar="METHOD", help="a chapter's name, such as lseg or step")
+        if method: p.add_argument("method", metavar="METHOD", help="a chapter's name, such as lseg, step, vglaw")
         return p
     weights = dict(metavar="PATH", help="file, folder or hub id (default: those shipped)")
     root = dict(metavar="DATA", help="data folder, where the recipe reads one")

@@ -137,7 +137,8 @@ def architecture(
     part("text", 0, 3, 18, 12, "expression\n≤ 40 tokens\n6 layers of BERT\nL × 768", once_text)
     written = "12 × aggregation\n12 × generator\nΦ: 12 × 32 × 32\n(P, Q shared)"
     part("weights", 25, 3, 20, 12, written, once_text)
-    part("blocks", 25, 25, 20, 12, "12 blocks\n(2, 5, 8, 11 global)\nqkv: W0 + P Φ Qᵀ\n768 × 28 × 28", per_pair)
+    blocks = "12 blocks\n(2, 5, 8, 11 global)\nqkv: W0 + P Φ Qᵀ\n768 × 28 × 28"
+    part("blocks", 25, 25, 20, 12, blocks, per_pair)
     part("heads", 55, 27, 19, 10, "LAP (k = 64)\nMLP, sigmoid", per_pair)
     part("heads", 55, 9, 19, 12, "deconvolution,\nnorm, GELU\ndeconvolution · [CLS]\n112 × 112", per_pair)
     part("heads", 83, 27, 17, 10, "box\n4 shares", per_pair)
