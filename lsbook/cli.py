@@ -268,7 +268,8 @@ def parser() -> argparse.ArgumentParser:
         commands._parser_class = kind
         p = commands.add_parser(name, help=text, description=text)
         p.set_defaults(run=run)
-        if method: p.add_argument("method", metavar="METHOD", help="a chapter's name, such as lseg, step, vglaw")
+        if method:
+            p.add_argument("method", metavar="METHOD", help="a chapter's name, such as lseg, step, vglaw")
         return p
     weights = dict(metavar="PATH", help="file, folder or hub id (default: those shipped)")
     root = dict(metavar="DATA", help="data folder, where the recipe reads one")

@@ -155,7 +155,7 @@ def rebound(nb):
     for i, cell in enumerate(nb["cells"]):
         if cell["cell_type"] == "code" and not exported(cell):
             wrong += [f"cell {i} gives {name!r} a new meaning, which exported cells bind" for name, what in bindings(source(cell)).items()
-                      if name in module and (what is None or what != module[name])]
+                      if name in module and what not in (module[name] or name, name)]
     return wrong
 
 

@@ -156,8 +156,8 @@ def test_a_whole_run_makes_its_trunk_first(tmp_path, monkeypatch):
     assert train_(r, tmp_path, resume=True).metrics.keys() == got.metrics.keys()
     assert len(list((tmp_path / "labels").glob("checkpoint-*"))) == 1
     with pytest.raises(ValueError, match="of another seed"): train_(r.replace(seed=9), tmp_path, resume=True)
-    deaf = r.replace(seed=4, config=r.config | dict(adaptive=False, tasks=["mask"], dim=16, rank=2))
-    train_(deaf, tmp_path / "deaf")                       # another width, no words in the backbone, one head
+    deaf = r.replace(seed=4, config=r.config | dict(adaptive=False, tasks=["box"], dim=16, rank=2))
+    train_(deaf, tmp_path / "deaf")                       # another width, no words in the backbone, no mask head (which the first stage has)
     trunk, model = load_file(tmp_path / "deaf/labels/trunk.safetensors"), load(tmp_path / "deaf")
     assert torch.allclose(model.state_dict()[key], trunk[key].float(), atol=1e-4) and model.config.dim == 16 and not hasattr(model, "language")
     for wrong, says in ((dict(heads=5), "heads: got 5"), (dict(long_side=60), "long_side: got 60"), (dict(widht=3), "widht")):
