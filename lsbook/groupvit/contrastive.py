@@ -155,8 +155,9 @@ def everyones(
     words: list,             # N words of this process's batch, each once
     present: Tensor,         # (B, N) bool
 ) -> tuple:                  # M words of all processes, sorted; (B, M) bool
-    "The words of all processes' batches, and which of them are present in this one: the same columns everywhere."
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return words, present
+    "The words of all processes, and which of them this one's rows have: the same columns everywhere."
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not several: return words, present
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, words)
     place = {word: i for i, word in enumerate(sorted({*chain(*lists)}))}
