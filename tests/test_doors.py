@@ -440,7 +440,7 @@ def test_evaluate_has_the_truth_and_says_nothing():
 def test_how_often_the_measure_is_wrong(request):
     known = [load(m).trained for m in ASK]
     test = [colours_of(Image.fromarray(scenes.scene(i, split="test").image)) for i in range(500)]
-    for k in known: assert np.mean([k.newness(c) > k.limit for c in test]) < .02
+    for k in known: assert np.mean([k.newness(c) > k.limit for c in test]) < .005
     folder = request.getfixturevalue("real_data") / "coco128_seg/images"
     photos = [colours_of(to_image(p)) for p in sorted(folder.glob("*.jpg"))]
     assert len(photos) == 125
