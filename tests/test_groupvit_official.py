@@ -248,7 +248,7 @@ def test_settings():
     assert (c.eps, c.patch, c.groups, c.text_layers, c.text_heads, c.embed_dim, c.projector) == (.5, 8, (6, 3, 0), 2, 2, 12, 20)
 
 
-def test_the_hub(made, model, monkeypatch):
+def test_the_hub(made, model, monkeypatch, tmp_path):
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
     asked = []
@@ -261,3 +261,9 @@ def test_the_hub(made, model, monkeypatch):
     assert torch.equal(loaded.image.positions, model.image.positions)
     assert [f for _, f, _ in asked] == ["config.json", "config.json", "vocab.json", "model.safetensors", "pytorch_model.bin"]
     assert {(r, v) for r, _, v in asked} == {("nvidia/groupvit-gcc-yfcc", "main")}
+    made_without = shutil.copytree(made, tmp_path / "other")
+    (made_without / "tokenizer.json").write_text((made / "vocab.json").read_text())
+    (made_without / "vocab.json").unlink()
+    made, asked[:] = made_without, []
+    load("nvidia/groupvit-gcc-redcaps", revision="main")
+    assert [f for _, f, _ in asked][2:4] == ["vocab.json", "tokenizer.json"]

@@ -199,8 +199,10 @@ def published(
         return from_released(path) if "img_encoder.pos_embed" in read_tensors(path) else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
-    for file in ("config.json", "vocab.json", "model.safetensors", "pytorch_model.bin"):
-        try: where = hf_hub_download(str(name), file, **(hub or {}))
-        except EntryNotFoundError: continue             # the hub has no safetensors of these two
-        if "model" in file: break
+    files = ("config.json",), ("vocab.json", "tokenizer.json"), ("model.safetensors", "pytorch_model.bin")
+    for either in files:
+        for file in either:
+            try: where = hf_hub_download(str(name), file, **(hub or {}))
+            except EntryNotFoundError: continue         # the hub has no safetensors of these two
+            break
     return from_transformers(Path(where).parent)
