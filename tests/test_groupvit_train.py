@@ -4,6 +4,7 @@ import tarfile
 from functools import partial
 from importlib.resources import files
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 import lsbook.groupvit.train as T
-from lsbook import scenes
+from lsbook import load, scenes
 from lsbook.groupvit.grouping_block import assignment_entropy
 from lsbook.groupvit.model import GroupViT, GroupViTConfig, compose
 from lsbook.metrics import evaluate
@@ -60,11 +61,12 @@ def test_the_recipes():
     assert (p.steps, p.batch_size, p.lr, p.weight_decay, p.warmup, p.clip, p.optimizer, p.schedule) == \
         (30 * 6291, 4096, 1.6e-3, .05, 5 * 6291, 5., "adamw", "cosine")
     assert p.config == dict(cached=256) and p.rows is T.shards and T.EPOCH == (11_156_203 + 14_615_499) // 4096
-    assert (r.lr, r.batch_size, r.weight_decay, r.warmup, r.clip) == (2e-3, 32, .05, 50, 1.) and r.rows is T.scene_rows
+    assert (r.steps, r.lr, r.batch_size, r.weight_decay, r.warmup, r.clip) == (1250, 2e-3, 32, .05, 50, 1.) and r.rows is T.scene_rows
     c = GroupViTConfig(**r.config)
     assert (c.assign, c.scores, c.eps, c.loss, c.text, c.stem, c.consistency) == ("soft", "cosine", .1, "nouns", "words", "conv", 1.)
     assert not (c.mixer or c.pre_assign or c.residual or c.augment or c.init or c.projector or c.auxiliary)
     train, valid = r.rows()
+    assert len(train) == 100_000 and c.image_size == c.short_side == 96 and T.small["image_size"] == 64
     assert train.kind["objects"] == "patterned" and train.kind["split"] == "train" and "label_map" in valid.column_names
     assert valid[0]["image"].size == (64, 64) and len(valid) == 200
     spared = {n for g in parameter_groups(GroupViT(c), r) if g["weight_decay"] == 0 for n in g["names"]}
@@ -99,6 +101,7 @@ def test_two_steps_of_the_papers_recipe_at_full_size(tmp_path):
 def test_shortened():
     r = T.shortened(7, consistency=0.)
     assert (r.steps, r.eval_every, r.config["consistency"], r.warmup) == (7, 7, 0., 50)
+    assert r.config["image_size"] == r.config["short_side"] == 64 and T.shortened(7, image_size=96).config["image_size"] == 96
     assert T.shortened(7, group_tokens=(0,), groups=(0,)).no_decay == ("image.positions",)
 
 
@@ -193,3 +196,32 @@ def test_claims_are_kept_and_not_run_again(tmp_path, monkeypatch):
     assert [n["step"] for n in runs[1]["notes"]] == [1, 2]
     monkeypatch.setattr(T, "follow", None)
     assert T.claims(path, steps=2, seeds=(0,), variants=("groups",), rows=rows) == json.loads(json.dumps(runs))
+
+
+def test_shipped_weights_do_what_their_metadata_say():
+    "On 40 of the 500 test scenes; and they are what the recipe makes, in a small file."
+    folder = files("lsbook") / "weights"
+    told = json.loads((folder / "groupvit.json").read_text(encoding="utf-8"))
+    assert (folder / "groupvit.safetensors").stat().st_size < 4e6
+    assert told["config"] == json.loads(json.dumps(told["recipe"]["config"])) | {k: told["config"][k] for k in told["config"].keys() - told["recipe"]["config"].keys()}
+    r = json.loads(json.dumps(T.RECIPES["scenes"].as_dict()))
+    assert {k: told["recipe"][k] for k in ("steps", "batch_size", "lr", "rows", "seed", "config")} == {k: r[k] for k in ("steps", "batch_size", "lr", "rows", "seed", "config")}
+    said = told["metrics"]
+    assert said["mIoU"] >= .6 and said["mIoU/plain"] >= .55 and said["mIoU"] >= said["mIoU/tokens"] and said["segments used"] >= .5
+    m = load("groupvit")
+    for objects, key in (("patterned", "mIoU"), ("plain", "mIoU/plain")):
+        got = T.measure(m, scenes.rows("semantic", 40, split="test", objects=objects), scenes.label_names(), 0)
+        assert abs(got["groups"] - said[key]) < .08 and got["used"] > .4, objects
+
+
+def test_claims_are_complete():
+    "Three seeds of each variant at each number of steps, each run with what made it; the config's change as the code has it."
+    runs = json.loads((Path(__file__).resolve().parent.parent / "nbs" / "groupvit" / "claims.json").read_text(encoding="utf-8"))
+    made = {}
+    for r in runs: made.setdefault((r["variant"], r["steps"]), []).append(r)
+    for (variant, steps), found in made.items():
+        assert sorted(r["seed"] for r in found) == [0, 1, 2], (variant, steps)
+        assert all(r["changes"] == json.loads(json.dumps(T.VARIANTS[variant])) and r["precision"] == "fp32" for r in found)
+        assert all({"device", "torch", "code", "command", "groups", "tokens", "used", "entropy"} <= r.keys() for r in found)
+        assert all(r["notes"][-1]["step"] == steps for r in found)
+    assert {("groups", 1600), ("no consistency", 1600), ("no groups", 1600)} <= made.keys()

@@ -39,8 +39,8 @@ class Captions:
 # %% ../../nbs/groupvit/04_train.ipynb #f018e893
 small = dict(dim=96, heads=3, mlp_ratio=2., depths=(2,), group_tokens=(16,), groups=(16,), image_size=64,
     stem="conv", drop_path=0., init=0., assign="soft", scores="cosine", eps=.1, mixer=False, pre_assign=False,
-    residual=False, text="words", words=scenes.words(), embed_dim=64, projector=0, loss="nouns", augment=False,
-    template="bare", ask="bare", short_side=64)
+    residual=False, text="words", words=scenes.words(), embed_dim=64, projector=0, loss="nouns",
+    augment=False, template="bare", ask="bare", short_side=64)
 
 def scene_rows(root=None):
     "100,000 patterned scenes with their captions; 200 others with label maps to validate."
@@ -63,16 +63,16 @@ RECIPES = {
         notes="The book's own. Deviations from the paper: a convolutional stem; one stage of two blocks; "
               "soft assignment by a cosine, means of the tokens alone (no mixer, no cross-attention, no "
               "group token in its segment); word vectors for a text tower; InfoNCE over the nouns with a "
-              "log-sum-exp over the segments; `consistency`: tokens vote for the nouns of their caption, which "
-              "cures the leftover group. Scenes of 64 pixels are enlarged to 96."),
+              "log-sum-exp over the segments; `consistency`: tokens vote for the nouns of their caption, "
+              "which cures the leftover group. Scenes of 64 pixels are enlarged to 96."),
     "paper": Recipe("groupvit", "paper", rows=shards, steps=30 * EPOCH, batch_size=4096, lr=1.6e-3,
         weight_decay=.05, warmup=5 * EPOCH, clip=5., eval_every=EPOCH, precision="bf16",
         config=dict(cached=256),
         notes="CC12M and YFCC14M, 30 epochs of batch 4096 (of all processes together), AdamW 1.6e-3, weight "
               "decay 0.05, cosine behind 5 epochs of warm-up: as printed; the released code warms up for 2. "
               "Its cosine ends at 4e-5, ours at 0. Clipping at 5 and DeiT's augmentation are the code's; "
-              "bf16 for its fp16. The released model also saw CC3M. `cached`: 256 images at a time, gradients of "
-              "the whole batch.")}
+              "bf16 for its fp16. The released model also saw CC3M. `cached`: 256 images at a time, "
+              "gradients of the whole batch.")}
 
 # %% ../../nbs/groupvit/04_train.ipynb #db37b582
 def shortened(
