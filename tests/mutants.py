@@ -1224,6 +1224,7 @@ ROOMS = {
         ("** .5) * side", "** .5) * 16 + 16"),
         ('return from_released(path) if "img_encoder.pos_embed" in read_tensors(path) else None', "return from_released(path)"),
         ("except EntryNotFoundError: continue", "except EntryNotFoundError: raise"),
+        ("            break", "            pass"),
     ]),
     "groupvit.zero_shot": Room("groupvit.zero_shot", ["tests/test_groupvit_zero_shot.py"], [
         ("compose([first.flatten(-2), *rest], hard)", "compose([first.flatten(-2), *rest])"),
