@@ -28,6 +28,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'lsbook.cli.whole': ('cli.html#whole', 'lsbook/cli.py'),
                             'lsbook.cli.write_json': ('cli.html#write_json', 'lsbook/cli.py')},
             'lsbook.data.label_maps': { 'lsbook.data.label_maps._pairs': ('data/label_maps.html#_pairs', 'lsbook/data/label_maps.py'),
+                                        'lsbook.data.label_maps._shard_caption': ( 'data/label_maps.html#_shard_caption',
+                                                                                   'lsbook/data/label_maps.py'),
                                         'lsbook.data.label_maps._shard_row': ( 'data/label_maps.html#_shard_row',
                                                                                'lsbook/data/label_maps.py'),
                                         'lsbook.data.label_maps._shards': ('data/label_maps.html#_shards', 'lsbook/data/label_maps.py'),

@@ -401,7 +401,7 @@ def test_seen_and_unseen_ignore_case():
 # --- what a model knows is said ---------------------------------------------------------------------------------------------------------
 
 SCENE = Image.fromarray(scenes.scene(5, size=128, split="test").image)
-ASK = dict(lseg=lambda words: words, step=lambda words: f"the {' '.join(words)}", vglaw=lambda words: f"the {' '.join(words)}")
+ASK = dict(lseg=lambda words: words, groupvit=lambda words: words, step=lambda words: f"the {' '.join(words)}", vglaw=lambda words: f"the {' '.join(words)}")
 
 
 @pytest.mark.parametrize("method", ASK)

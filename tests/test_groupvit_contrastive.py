@@ -8,6 +8,7 @@ import warnings
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -279,6 +280,10 @@ def child(out):
         net = groupvit(loss)
         found[loss] = groupvit_gradients(net, accelerator.prepare(net), loss, rank, world)
         found[loss][0].copy_(accelerator.reduce(found[loss][0], "mean"))
+    for none in (False, True):
+        net = groupvit("nouns", consistency=1.)
+        found[f"none {none}"] = one_has_none(net, accelerator.prepare(net), rank, world, none)
+        for v in found[f"none {none}"][:1]: v.copy_(accelerator.reduce(v, "mean"))
     if not rank: torch.save(found, out)
     accelerator.end_training()
 
@@ -310,11 +315,23 @@ SMALL = dict(dim=16, heads=2, depths=(1, 1), group_tokens=(4, 0), groups=(4, 0),
              text="words", words=["dog", "sky", "sea", "car", "road", "boat"], embed_dim=8, template="bare", augment=False)
 
 
-def groupvit(loss):
+def groupvit(loss, **changes):
     from lsbook.groupvit.model import GroupViT, GroupViTConfig
     torch.manual_seed(0)
-    model = GroupViT(GroupViTConfig(loss=loss, **SMALL | dict(projector=12 if loss == "captions" else 0)))
+    model = GroupViT(GroupViTConfig(loss=loss, **SMALL | dict(projector=12 if loss == "captions" else 0) | changes))
     return model.double() if loss == "captions" else model          # BatchNorm over 4 rows magnifies rounding
+
+
+def one_has_none(model, wrapped, rank=0, world=1, none=False):
+    "The first process' captions have no noun, or nobody's have: loss and gradients by `collate`, votes included"
+    from PIL import Image
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    said = [dict(image=Image.fromarray(im), caption="so", nouns=ns) for im, ns in
+            zip(pictures, [[]] * 4 if none else [[], [], ["dog", "sky"], ["sea"]])]
+    n = 4 // world
+    got = wrapped(**model.eval().collate(said[rank * n:rank * n + n])).loss
+    got.backward()
+    return [got.detach()] + [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
 def groupvit_gradients(model, wrapped, loss, rank=0, world=1):
@@ -339,6 +356,30 @@ def test_two_processes_of_the_model_equal_one(together, loss):
     model = groupvit(loss)
     want = groupvit_gradients(model, model, loss)
     for a, b in zip(together[loss], want, strict=True): assert torch.allclose(a, b, atol=1e-5), (a, b)
+
+
+@pytest.mark.parametrize("none", [False, True])
+def test_a_process_without_nouns_takes_part(together, none):
+    "Its batch has no column of its own; where nobody has one the loss is 0 and every gradient too"
+    model = groupvit("nouns", consistency=1.)
+    want = one_has_none(model, model, none=none)
+    for a, b in zip(together[f"none {none}"], want, strict=True): assert torch.allclose(a, b, atol=1e-5), (a, b)
+    assert all(t.isfinite().all() for t in want) and none == (not any(t.any() for t in want))
+
+
+def test_blank_captions_of_shards_are_left_out(tmp_path):
+    from lsbook.data import captions
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        from PIL import Image
+        for i, text in enumerate(["a dog", "", " \n", "a cat"]):
+            photo = BytesIO()
+            Image.new("RGB", (8, 8)).save(photo, "PNG")
+            for ending, data in (("png", photo.getvalue()), ("txt", text.encode())):
+                info = tarfile.TarInfo(f"{i}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+    assert [r["caption"] for r in captions(tmp_path, streaming=True)] == ["a dog", "a cat"]
+    with pytest.warns(UserWarning, match="2 of 4 rows without a caption left out"): assert len(captions(tmp_path)) == 2
 
 
 def test_not_a_number_stops_the_training_and_keeps_the_last_good_state(tmp_path):

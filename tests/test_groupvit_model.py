@@ -245,6 +245,36 @@ def test_captions_without_nouns():
     assert b["prompts"][:3] == ["of and the"] * 3 and torch.isfinite(p(**b).loss)
 
 
+@pytest.mark.parametrize("changes", [{}, dict(consistency=1.), dict(consistency=1., auxiliary=1.)])
+def test_a_batch_without_nouns_teaches_nothing_and_goes_on(changes):
+    m = ours(**changes)
+    rows = [dict(image=r["image"], caption=said) for r, said in zip(captions(3), ("running fast", "so beautiful", " "))]
+    batch = m.collate(rows)
+    assert batch["texts"] == [] and batch["present"].shape == (3, 0) and batch["present"].dtype == torch.bool
+    out = m(**batch)
+    out.loss.backward()
+    assert out.loss == 0 and all(p.grad is not None and not p.grad.any() for p in m.parameters())
+    assert m.collate([rows[0] | dict(nouns=["", "red star"])])["texts"] == ["red star"]
+
+
+@pytest.mark.parametrize("multi_label", [0., 1.])
+def test_a_blank_caption_is_read_as_a_photo(multi_label):
+    m = model(augment=False, multi_label=multi_label)
+    rows = [r | dict(caption=said, nouns=None) for r, said in zip(captions(3), ("", " \n", "a dog"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        batch = m.collate(rows)
+    assert batch["texts"] == ["a photo", "a photo", "a dog"] and torch.isfinite(m(**batch).loss)
+
+
+def test_what_a_fresh_tower_draws():
+    "The text tower keeps its own first numbers, by width and depth; the image encoder has `init`, the projectors PyTorch's"
+    m = GroupViT(GroupViTConfig(**LITTLE | dict(text_dim=64, dim=48, projector=256, init=.05)))
+    layer, std = m.text.encoder.tower.model.encoder.layers[0], lambda p: pytest.approx(p.std().item(), rel=.1)
+    assert std(layer.mlp.fc1.weight) == 128 ** -.5 and std(m.text.encoder.tower.model.embeddings.position_embedding.weight) == .01
+    assert std(m.image.stages[0].blocks[0].mlp.fc1.weight) == .05 and std(m.projector[3].weight) == (3 * 256) ** -.5
+
+
 def test_one_label_and_a_thousand():
     m = ours().eval()
     image = scenes.scene(0).image

@@ -49,7 +49,7 @@ def text_ids(
     texts: list,             # strings
     device=None,
 ) -> Tensor:                 # (N,) int64
-    "A number for each text, the same in every process: equal texts, and only they, share one."
+    "A number for each text, the same in every process: equal texts share one, others practically never."
     digests = (hashlib.sha256(t.encode()).digest() for t in texts)
     return torch.tensor([int.from_bytes(d[:8], "big", signed=True) for d in digests], device=device)
 
@@ -88,7 +88,7 @@ def nouns_of(
 
     GroupViT's code counts verbs as nouns; here only nouns count."""
     from textblob.en.taggers import PatternTagger
-    tagged = PatternTagger().tag(caption)
+    tagged = PatternTagger().tag(caption.replace("<", " ").replace(">", " "))   # CC12M has <PERSON> for names
     return list(dict.fromkeys(w.lower() for w, tag in tagged if tag in NOUNS and any(map(str.isalpha, w))))
 
 # %% ../../nbs/groupvit/02_contrastive.ipynb #4c1a0f42

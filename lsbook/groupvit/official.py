@@ -109,8 +109,10 @@ def config_from_transformers(
     theirs = Theirs.from_dict(settings)
     v, t = theirs.vision_config, theirs.text_config
     size = v.image_size if isinstance(v.image_size, int) else v.image_size[0]
+    sides = size if isinstance(v.image_size, int) else (size, size)
     ratio = v.intermediate_size / v.hidden_size
-    fixed = [(v, dict(layer_norm_eps=1e-5, hidden_act="gelu", num_channels=3, assign_mlp_ratio=(.5, ratio))),
+    fixed = [(v, dict(layer_norm_eps=1e-5, hidden_act="gelu", num_channels=3, image_size=sides,
+                      assign_mlp_ratio=(.5, ratio))),
              (t, dict(layer_norm_eps=1e-5, hidden_act="quick_gelu", vocab_size=49408,
                       max_position_embeddings=77, intermediate_size=4 * t.hidden_size))]
     for part, name, want in ((part, *item) for part, wanted in fixed for item in wanted.items()):
@@ -205,4 +207,6 @@ def published(
             try: where = hf_hub_download(str(name), file, **(hub or {}))
             except EntryNotFoundError: continue         # the hub has no safetensors of these two
             break
+        else:
+            if either[0] == "config.json": raise FileNotFoundError(f"{str(name)!r} lacks config.json")
     return from_transformers(Path(where).parent)
