@@ -233,7 +233,7 @@ def test_another_tokenizer_is_refused(folder):
     with pytest.raises(ValueError, match="of 2 entries"): load(folder)
 
 
-@pytest.mark.parametrize("part, name, value", [("vision_config", "layer_norm_eps", 1e-6), ("vision_config", "hidden_act", "relu"), ("vision_config", "assign_mlp_ratio", [1, 4]),
+@pytest.mark.parametrize("part, name, value", [("vision_config", "layer_norm_eps", 1e-6), ("vision_config", "hidden_act", "relu"), ("vision_config", "assign_mlp_ratio", [1, 4]), ("vision_config", "image_size", [64, 96]),
     ("vision_config", "num_channels", 1), ("text_config", "hidden_act", "gelu"), ("text_config", "intermediate_size", 32), ("text_config", "max_position_embeddings", 78)])
 def test_settings_without_a_counterpart_are_refused(part, name, value):
     with pytest.raises(ValueError, match=f"got {name} "): config_from_transformers(SETTINGS | {part: SETTINGS[part] | {name: value}})

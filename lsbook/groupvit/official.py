@@ -118,7 +118,8 @@ def config_from_transformers(
     for part, name, want in ((part, *item) for part, wanted in fixed for item in wanted.items()):
         got = getattr(part, name)
         if (tuple(got) if isinstance(got, list) else got) != want:
-            raise ValueError(f"{part.model_type}: got {name} {got!r}; wanted {want!r}")
+            why = " (intermediate_size / hidden_size)" if name == "assign_mlp_ratio" else ""
+            raise ValueError(f"{part.model_type}: got {name} {got!r}; wanted {want!r}{why}")
     groups = [n and m for n, m in zip(v.num_group_tokens, v.num_output_groups)]
     return GroupViTConfig(dim=v.hidden_size, heads=v.num_attention_heads, mlp_ratio=ratio,
         depths=tuple(v.depths), group_tokens=tuple(v.num_group_tokens), groups=tuple(groups), image_size=size,
