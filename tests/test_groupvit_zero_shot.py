@@ -61,7 +61,7 @@ def test_affinity_by_loops(top):
         e = [(3. * s[a] @ t[k]).exp() for k in range(7)]
         for k in range(7):
             want = e[k] / sum(e)
-            if top and top < 7: want = want * e[k] / sum(e[m] for m in allowed) if k in allowed else torch.tensor(0.)
+            if top: want = want * e[k] / sum(e[m] for m in allowed) if k in allowed else torch.tensor(0.)
             assert torch.isclose(got[a, k], want, atol=1e-6)
 
 def test_background_adapts():
@@ -124,7 +124,7 @@ def test_a_protocol_by_loops(model, hard, top, threshold):
 def test_a_window_larger_than_the_image_is_the_image_and_half_of_it_the_stride(model):
     image = noise(32, 72, 5)
     say = lambda **k: ZeroShot(model, Protocol(**k)).segment(image, LABELS).label_map
-    assert np.array_equal(say(window=500), say()) and np.array_equal(say(window=32), say(window=32, stride=16))
+    assert np.array_equal(say(window=504), say()) and np.array_equal(say(window=32), say(window=32, stride=16))
     assert [c for c, _, _ in ZeroShot(model, Protocol(window=32)).windows(Image.fromarray(image))[1]] == [(0, 0), (0, 16), (0, 32), (0, 40)]
     assert VOC_WORDS == (("dining table", "table"), ("potted plant", "plant"), ("tv monitor", "monitor"))
 
@@ -158,7 +158,6 @@ def test_one_label_a_thousand_and_none(model):
         with pytest.raises(ValueError, match="labels"): way.segment(image, [])
         with pytest.raises(TypeError, match="labels"): way.segment(image, "grass")
         with pytest.raises((ValueError, TypeError), match="image"): way.segment(3, ["grass"])
-    with pytest.raises(KeyError): ZeroShot(model, "imagenet")
 
 def test_lists_batches_and_modes(model):
     images = [noise(32, 32, 1), noise(50, 33, 2)]
@@ -177,6 +176,35 @@ def test_sweep_is_evaluate_at_each_threshold(model):
     for f in found:
         want = evaluate(ZeroShot(model, Protocol(f["threshold"], decide=False)), rows, names=["background", *labels])
         assert np.isclose(f["mIoU"], want["mIoU"], atol=1e-6) and np.isclose(f["background"], want["IoU/background"], atol=1e-6)
+
+def test_a_protocol_that_cannot_be_is_refused_by_name(model):
+    with pytest.raises(ValueError, match="protocol: got 'vocc'; wanted one of 'plain', 'voc'"): ZeroShot(model, "vocc")
+    with pytest.raises(ValueError, match="top: got 0"): ZeroShot(model, Protocol(top=0))
+    with pytest.raises(ValueError, match="window: got 50; wanted a multiple of the stride, 8"): ZeroShot(model, Protocol(window=50))
+    with pytest.raises(ValueError, match="labels: got 'background' alone"):
+        ZeroShot(model, Protocol(.5)).segment(noise(32, 32), ["background"])
+
+def test_the_longer_side_is_capped():
+    model = made()
+    for shape, longest, want in (((10, 200), 64, (8, 64)), ((200, 100), 48, (48, 24)), ((32, 40), 64, (32, 40)), ((10, 200), None, (32, 640))):
+        way = ZeroShot(model, Protocol(decide=False, longest=longest))
+        assert way.windows(Image.fromarray(noise(*shape)))[0].size == want
+        assert way.segment(noise(*shape), LABELS).label_map.shape == shape
+    assert all(p.longest == (None if name == "plain" else 2048) for name, p in PROTOCOLS.items())
+
+def test_few_labels_are_squared_as_well():
+    p = affinity(torch.eye(2), torch.ones(2) / 2 ** .5, torch.eye(2), 3.)
+    for top in (2, 5): assert torch.allclose(affinity(torch.eye(2), torch.ones(2) / 2 ** .5, torch.eye(2), 3., top), p ** 2)
+
+def test_notes_of_the_model_are_handed_on():
+    from lsbook import load
+    from lsbook.segmenter import Untrained
+    model, image = load("groupvit"), scenes.scene(3, split="test").image
+    for way in (ZeroShot(model), ZeroShot(model, Protocol(.5, words=(("giraffe", "zebra"),)))):
+        labels = ["background", "giraffe" if way.protocol.words else "zebra", "grass"]
+        with pytest.warns(Untrained): found = way.segment(image, labels)
+        assert any("zebra" in n for n in found.notes) and not any("giraffe" in n for n in found.notes)
+    assert ZeroShot(model).segment(image, ["grass", "water"]).notes == model.segment(image, ["grass", "water"]).notes
 
 @pytest.mark.cuda
 def test_gpu():

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
+from ..files import tell
 from ..images import to_image, to_images
 from ..lseg.pixel_text import running_argmax
 from ..metrics import ConfusionMatrix
-from ..segmenter import LabelResult, check_labels
+from ..segmenter import LabelResult, Untrained, check_labels
 from ..segmenter.encode import _inference
 from .model import GroupViT, compose
 
@@ -66,12 +68,13 @@ def affinity(
     top: int = None,        # only so many labels, those that fit the whole image best; None: all
 ) -> Tensor:                # (G, N)
     """How well each label fits each segment: softmax over the labels. With `top`, labels that do not fit the
-    image are 0, and the softmax among the others is multiplied by that among all (the released code)."""
+    image are 0, and the softmax among the others is multiplied by that among all (the released code), also
+    where no label is struck out."""
     logits = scale * segments @ text.T
     p = logits.softmax(-1)
-    if top is None or top >= len(text): return p
+    if top is None: return p
     out = torch.ones(len(text), dtype=torch.bool, device=text.device)
-    out[(text @ image).topk(top).indices] = False
+    out[(text @ image).topk(min(top, len(text))).indices] = False
     return p * logits.masked_fill(out, -torch.inf).softmax(-1)
 
 # %% ../../nbs/groupvit/05_zero_shot.ipynb #0a9fac58
@@ -105,11 +108,12 @@ class Protocol:
     hard: bool = False          # compose the hard maps of the stages, or the soft ones
     decide: bool = True         # a place takes the labels of its largest segment, or of all by their shares
     words: tuple = ()           # pairs (label, what is asked for instead)
+    longest: int = None         # cap of the longer side at the network's input; None: no cap
 
 VOC_WORDS = (("dining table", "table"), ("potted plant", "plant"), ("tv monitor", "monitor"))
-_windows = dict(window=448, stride=224)
+_windows = dict(window=448, stride=224, longest=2048)
 
-PROTOCOLS = {   # thresholds and steps of the released code, and as the paper tells them
+PROTOCOLS = {   # the released code's, and with the paper's thresholds and hard maps
     "plain": Protocol(decide=False),
     "voc": Protocol(.95, 5, words=VOC_WORDS, **_windows), "voc, paper": Protocol(.9, hard=True, **_windows),
     "context": Protocol(.35, 5, **_windows), "context, paper": Protocol(.5, hard=True, **_windows),
@@ -117,22 +121,38 @@ PROTOCOLS = {   # thresholds and steps of the released code, and as the paper te
 
 # %% ../../nbs/groupvit/05_zero_shot.ipynb #063b40f1
 class ZeroShot:
-    """A GroupViT that answers by a protocol. `segment` and `evaluate` work as with the model itself; a first
-    label "background" is never asked for, but stands where no other reaches the threshold."""
+    """A GroupViT that answers by a protocol. `segment` works as with the model itself, and the function
+    `evaluate` takes it. Where the protocol has a threshold, a first label "background" is not asked for, but
+    stands where no other reaches it."""
     task = "semantic"
 
     def __init__(self, model: GroupViT, protocol=PROTOCOLS["plain"]):
-        self.model, self.protocol = model, PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
+        if isinstance(protocol, str) and protocol not in PROTOCOLS:
+            raise ValueError(f"protocol: got {protocol!r}; wanted one of {', '.join(map(repr, PROTOCOLS))}")
+        self.model = model
+        self.protocol = p = PROTOCOLS[protocol] if isinstance(protocol, str) else protocol
+        if p.top is not None and p.top < 1: raise ValueError(f"top: got {p.top}; wanted 1 or more")
+        if (p.window or 0) % model.stride:
+            raise ValueError(f"window: got {p.window}; wanted a multiple of the stride, {model.stride}")
+
+    def asked(self, labels) -> list:
+        "The words that stand for the labels"
+        return [dict(self.protocol.words).get(s, s) for s in labels]
 
     @torch.no_grad()
     def encode_text(self, labels) -> Tensor:                    # (N, D)
-        return self.model.encode_text([dict(self.protocol.words).get(s, s) for s in labels])
+        return self.model.encode_text(self.asked(labels))
 
     @torch.no_grad()
     def windows(self, image) -> tuple:      # Frame, list of ((top, left), size, features of that window)
         "The image at the network's size, cut into windows, all encoded in one pass"
         model, p = self.model, self.protocol
-        x, (frame,) = model.preprocess([image])
+        frame = model.frame(image)
+        k = (p.longest or np.inf) / max(frame.size)
+        if k < 1:
+            size = tuple(max(1, round(n * k / model.stride)) * model.stride for n in frame.size)
+            frame = frame._replace(size=size, padded=size)
+        x = frame.resize(image)[None]
         size = tuple(min(p.window or s, s) for s in x.shape[-2:])
         corners = windows(x.shape[-2:], size, p.stride or max(1, (p.window or 2) // 2))
         x = torch.cat([x[..., i:i + size[0], j:j + size[1]] for i, j in corners])
@@ -140,44 +160,53 @@ class ZeroShot:
         part = lambda v, i: [m[i] for m in v] if isinstance(v, list) else v[i]
         return frame, [(c, size, {k: part(v, i) for k, v in f.items()}) for i, c in enumerate(corners)]
 
-    def read(self, f, size, text) -> tuple:         # (G, N), (G, *size)
-        "How well the labels fit the segments of a window, and how much of each place is in each segment"
-        p, (first, *rest) = self.protocol, f["maps"]
-        shares = compose([first.flatten(-2), *rest], p.hard).unflatten(-1, first.shape[-2:])
-        shares = F.interpolate(shares[None].float(), size, mode="bilinear")[0]
-        if p.decide: shares = F.one_hot(shares.argmax(0), len(shares)).permute(2, 0, 1).to(shares)
-        return affinity(f["segments"], f["image"], text, self.model.scale, p.top), shares
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #5a1c7e04
+@patch
+def read(self: ZeroShot, f, size, text) -> tuple:         # (G, N), (G, *size)
+    "How well the labels fit the segments of a window, and how much of each place is in each segment"
+    p, (first, *rest) = self.protocol, f["maps"]
+    shares = compose([first.flatten(-2), *rest], p.hard).unflatten(-1, first.shape[-2:])
+    shares = F.interpolate(shares[None].float(), size, mode="bilinear")[0]
+    if p.decide: shares = F.one_hot(shares.argmax(0), len(shares)).permute(2, 0, 1).to(shares)
+    return affinity(f["segments"], f["image"], text, self.model.scale, p.top), shares
 
-    def label_map(self, encoded, text, threshold=None) -> Tensor:   # (H, W) at the image's own size
-        """Scores are averaged over windows and brought to the image's size, 16 labels at a time (1,000 at all
-        pixels of a photograph fit no memory), and the largest wins. With a threshold, 0 is background."""
-        (frame, parts), many = encoded, 16
-        H, W = frame.padded
-        reads = [self.read(f, size, text) for _, size, f in parts]
-        scores = lambda fits, shares, i: torch.einsum("gn,ghw->nhw", fits[:, i:i + many], shares)
-        def placed(maps):                           # one (n, h, w) a window -> their sum (n, H, W)
-            return sum(F.pad(m, (x, W - x - w, y, H - y - h)) for m, ((y, x), (h, w), _) in zip(maps, parts))
-        count = placed([torch.ones(1, *size, device=text.device) for _, size, _ in parts])
-        mean = lambda maps: frame.undo(placed(maps) / count)[None]
-        def chunks():
-            starts = range(0, len(text), many)
-            if threshold is not None:
-                sure = [torch.stack([scores(*r, i).amax(0) for i in starts]).amax(0) for r in reads]
-                yield mean([background(m, r[0].max(), threshold)[None] for m, r in zip(sure, reads)])
-            for i in starts: yield mean([scores(*r, i) for r in reads])
-        return running_argmax(chunks())[1][0]
+@patch
+def label_map(self: ZeroShot, encoded, text, threshold=None) -> Tensor:   # (H, W) at the image's own size
+    """Scores are averaged over windows and brought to the image's size, 16 labels at a time (1,000 at all
+    pixels of a photograph fit no memory), and the largest wins. With a threshold, 0 is background."""
+    (frame, parts), many = encoded, 16
+    H, W = frame.padded
+    reads = [self.read(f, size, text) for _, size, f in parts]
+    scores = lambda fits, shares, i: torch.einsum("gn,ghw->nhw", fits[:, i:i + many], shares)
+    def placed(maps):                           # one (n, h, w) a window -> their sum (n, H, W)
+        return sum(F.pad(m, (x, W - x - w, y, H - y - h)) for m, ((y, x), (h, w), _) in zip(maps, parts))
+    count = placed([torch.ones(1, *size, device=text.device) for _, size, _ in parts])
+    mean = lambda maps: frame.undo(placed(maps) / count)[None]
+    def chunks():
+        starts = range(0, len(text), many)
+        if threshold is not None:
+            sure = [torch.stack([scores(*r, i).amax(0) for i in starts]).amax(0) for r in reads]
+            yield mean([background(m, r[0].max(), threshold)[None] for m, r in zip(sure, reads)])
+        for i in starts: yield mean([scores(*r, i) for r in reads])
+    return running_argmax(chunks())[1][0]
 
-    def segment(self, image, labels, batch_size=None):          # LabelResult, or a list of them for a list
-        "As `model.segment`, by the protocol; one image at a time, its windows in one pass"
-        labels, (images, one) = check_labels(labels), to_images(image)
-        threshold = self.protocol.threshold if labels[0] == "background" else None
-        kind, out = np.uint8 if len(labels) <= 255 else np.int32, []
-        with _inference(self.model):
-            text = self.encode_text(labels[threshold is not None:])
-            for im in images:
-                found = self.label_map(self.windows(im), text, threshold)
-                out.append(LabelResult(im, found.cpu().numpy().astype(kind), labels))
-        return out[0] if one else out
+# %% ../../nbs/groupvit/05_zero_shot.ipynb #5a1c7e08
+@patch
+def segment(self: ZeroShot, image, labels, batch_size=None):  # LabelResult, or a list of them for a list
+    "As `model.segment`, by the protocol; one image at a time, its windows in one pass"
+    labels, (images, one) = check_labels(labels), to_images(image)
+    threshold = self.protocol.threshold if labels[0] == "background" else None
+    kind, out, asked = np.uint8 if len(labels) <= 255 else np.int32, [], labels[threshold is not None:]
+    if not asked: raise ValueError("labels: got 'background' alone; wanted a label to ask for, too")
+    notes = self.model.notes_on_words(self.asked(asked))
+    with _inference(self.model):
+        text = self.encode_text(asked)
+        for im in images:
+            found = self.label_map(self.windows(im), text, threshold)
+            said = notes + self.model.notes_on_picture(im)
+            out.append(LabelResult(im, found.cpu().numpy().astype(kind), labels, said))
+    for note in dict.fromkeys(n for r in out for n in r.notes): tell(note, Untrained)
+    return out[0] if one else out
 
 # %% ../../nbs/groupvit/05_zero_shot.ipynb #36cd7f4c
 def sweep(
