@@ -312,6 +312,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'lsbook/groupvit/zero_shot.py'),
                                            'lsbook.groupvit.zero_shot.ZeroShot.__init__': ( 'groupvit/zero_shot.html#zeroshot.__init__',
                                                                                             'lsbook/groupvit/zero_shot.py'),
+                                           'lsbook.groupvit.zero_shot.ZeroShot.asked': ( 'groupvit/zero_shot.html#zeroshot.asked',
+                                                                                         'lsbook/groupvit/zero_shot.py'),
                                            'lsbook.groupvit.zero_shot.ZeroShot.encode_text': ( 'groupvit/zero_shot.html#zeroshot.encode_text',
                                                                                                'lsbook/groupvit/zero_shot.py'),
                                            'lsbook.groupvit.zero_shot.ZeroShot.label_map': ( 'groupvit/zero_shot.html#zeroshot.label_map',
