@@ -15,7 +15,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Value
 from PIL import Image
 
 from ..files import inside, named, read_json, read_pickle, read_text

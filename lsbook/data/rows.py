@@ -16,9 +16,9 @@ import numpy as np
 from datasets import Dataset, Features, Sequence, Value
 from PIL import Image
 
-from .pixels import ImageFile
 from ..files import named, tell
 from ..images import to_image
+from .pixels import ImageFile
 
 # %% ../../nbs/data/01_rows.ipynb #4cdc1ec1
 def features(

@@ -7,18 +7,16 @@ __all__ = ['small', 'EPOCH', 'RECIPES', 'off', 'two', 'tokens', 'VARIANTS', 'Cap
            'follow', 'used', 'clusters', 'colour_clusters', 'readouts', 'measure', 'claims']
 
 # %% ../../nbs/groupvit/04_train.ipynb #c2d3f850
-from functools import partial
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .. import scenes
-from .grouping_block import assignment_entropy
-from .model import GroupViT, GroupViTConfig, compose
 from ..images import to_image
 from ..metrics import ConfusionMatrix
 from ..training import Batches, Recipe, optimizer, schedule
+from .grouping_block import assignment_entropy
+from .model import GroupViT, compose
 
 # %% ../../nbs/groupvit/04_train.ipynb #612adeef
 class Captions:

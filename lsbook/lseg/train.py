@@ -18,7 +18,7 @@ from PIL import Image
 
 from .. import scenes
 from ..data import COCO_NAMES, VOC_NAMES, camvid, features, fold_classes, fss1000, index_maps, label_names, only, voc
-from ..data import with_names
+from ..data.rows import with_names
 from ..files import read_text
 from ..images import to_image
 from ..training import Recipe

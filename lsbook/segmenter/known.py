@@ -13,8 +13,8 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from .encode import Segmenter
 from ..text.words import STOP_WORDS, TextEncoder, some, split_words
+from .encode import Segmenter
 
 # %% ../../nbs/segmenter/05_known.ipynb #392cc58f
 @functools.lru_cache(100_000)

@@ -20,7 +20,6 @@ from torch import nn
 
 from ..files import one_of
 
-
 # %% ../../nbs/training/01_recipes.ipynb #79c18e7f
 CHOICES = dict(optimizer=("adamw", "adam", "sgd"), schedule=("cosine", "polynomial", "constant"),
                precision=("fp32", "bf16"))
