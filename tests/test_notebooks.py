@@ -93,17 +93,21 @@ def scratch(tmp_path_factory):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_runs_as_saved(name, scratch):
     saved, path = read(name), scratch / "nbs" / f"{name}.ipynb"
-    fresh = nbformat.from_dict(saved)
-    for cell in fresh.cells:
-        if cell.cell_type == "code":
-            cell.outputs = []
-            if not_run(cell):
-                cell.source = "pass  # not run here"
-    client = NotebookClient(fresh, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
-    try:
-        client.execute(env=kernel_env())
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        pytest.fail(f"{name}.ipynb does not run:\n{ANSI.sub('', str(error))[-6000:]}", pytrace=False)
+    for last in (False, True):
+        fresh = nbformat.from_dict(saved)
+        for cell in fresh.cells:
+            if cell.cell_type == "code":
+                cell.outputs = []
+                if not_run(cell):
+                    cell.source = "pass  # not run here"
+        client = NotebookClient(fresh, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+        try:
+            client.execute(env=kernel_env())
+            break
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            # now and then a message between client and kernel is lost, and each waits for the other: once more
+            if last or not isinstance(error, CellTimeoutError):
+                pytest.fail(f"{name}.ipynb does not run:\n{ANSI.sub('', str(error))[-6000:]}", pytrace=False)
     stale = []
     for number, (old, new) in enumerate(zip(saved.cells, fresh.cells)):
         if old.cell_type != "code" or not_run(old):
