@@ -102,7 +102,7 @@ def test_pickles_are_never_read(tmp_path, name, zipped):
     for beside in ("toy.json", "config.json"):
         path.with_name(beside).write_text(json.dumps({"method": "toy", "config": {"width": 8}}))
     for ask in (path, str(path), path.parent):
-        with pytest.raises((ValueError, FileNotFoundError), match="^name: .*A pickle.*safetensors.torch.save_file"):
+        with pytest.raises((ValueError, FileNotFoundError), match="^name: .*(A pickle.*safetensors.torch.save_file|it asks for pathlib.Path.touch)"):
             S.load(ask)
         with pytest.raises((ValueError, FileNotFoundError)):
             Toy.from_pretrained(ask)
