@@ -83,7 +83,7 @@ def background(
     best: Tensor,           # the largest score that any segment of the image gives any label
     threshold: float,
 ) -> Tensor:                # (H, W) 1 where no label reaches the threshold, else 0
-    "The threshold adapts: it is never above `best`, so that the surest segment is never background."
+    "The threshold adapts: it is never above `best`, so that places of the surest segment are no background."
     return (sure < torch.as_tensor(best).clamp(max=threshold)).to(sure)
 
 # %% ../../nbs/groupvit/05_zero_shot.ipynb #45d57273

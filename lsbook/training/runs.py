@@ -89,7 +89,6 @@ def train(
         from lsbook.text import Vocabulary
         words = Vocabulary.from_texts(list(rows["expression"])).words
         recipe = recipe.replace(config=recipe.config | dict(words=words))
-    segmenter.config_from(segmenter.method_class(recipe.method), recipe.config)   # refused before any stage
     going_on = recipe.first(out, recipe, resume) if recipe.first else recipe
     model, recipe = new_model(going_on), going_on.replace(config=recipe.config)
     if getattr(model.config, "labels", None) == []:
